@@ -1,0 +1,70 @@
+"""The `glmx` command: runs one command module and turns a user's mistake into one line and exit code 2.
+
+Each command is one thin module `glmx.cli.<name>` with two functions:
+
+    add_arguments(parser: argparse.ArgumentParser) -> None
+    run(args: argparse.Namespace) -> int
+
+Only the module of the chosen command is imported, so `glmx --help` answers without loading torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from glmx import __version__
+from glmx.errors import GlmxError
+
+COMMANDS = {
+    "env": "show devices, instruction sets, the build and the kernel table",
+    "demo": "train a small GLM on this machine's Python sources and complete a prompt",
+    "pretrain": "train a model from a TOML file",
+    "generate": "complete a prompt with a checkpoint",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _build_parser(command: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(prog="glmx", description="Train and run GLM-class sparse models.")
+    parser.add_argument("--version", action="version", version=f"glmx {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        description = summary[0].upper() + summary[1:] + "."
+        subparser = commands.add_parser(name, help=summary, description=description)
+        if name == command:
+            importlib.import_module(f"glmx.cli.{name}").add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 failed, 2 the user's to fix, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((arg for arg in argv if not arg.startswith("-")), None)
+    args = _build_parser(command).parse_args(argv)
+    try:
+        return importlib.import_module(f"glmx.cli.{args.command}").run(args)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; without this the interpreter complains again while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except (GlmxError, ValueError, TypeError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"glmx {args.command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The command line: help without torch, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from glmx.cli import main as cli
+from glmx.errors import CheckpointError
+
+
+def test_help_loads_no_torch():
+    code = (
+        "import sys; from glmx.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in cli.COMMANDS:
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["generate"], "MODEL"),
+        (["generate", "m", "--prompt", "p", "--max-tokens", "many"], "'many'"),
+    ],
+)
+def test_usage_errors_are_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(argv)
+    assert exit_info.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err
+
+
+def test_a_users_mistake_is_one_line_and_traceback_is_on_request(monkeypatch, capsys):
+    from glmx.cli import generate
+
+    def fail(args):
+        raise CheckpointError("no config.json in\n'nowhere'")
+
+    monkeypatch.setattr(generate, "run", fail)
+    argv = ["generate", "nowhere", "--prompt", "x"]
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err == "glmx generate: no config.json in 'nowhere'\n"
+    with pytest.raises(CheckpointError):
+        cli.main(["--traceback", *argv])
+
+
+def test_interrupt_exits_130(monkeypatch):
+    from glmx.cli import generate
+
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "run", interrupt)
+    assert cli.main(["generate", "m", "--prompt", "x"]) == 130
