@@ -84,9 +84,7 @@ def test_router_against_transformers_formula() -> None:
     """n_group = 1 without ties: plain topk of sigmoid + bias; with groups: the masked form."""
     logits, bias = randn(9, 12, dtype=torch.float32), randn(12, seed=1, dtype=torch.float32) * 0.1
     scores = torch.sigmoid(logits.double())
-    weights, ids, counts, out = reference.route_topk(
-        logits, bias, 3, routed_scaling_factor=2.5, return_scores=True
-    )
+    weights, ids, counts, out = reference.route_topk(logits, bias, 3, routed_scaling_factor=2.5, return_scores=True)
     want = torch.topk(scores + bias, 3).indices
     assert torch.equal(ids.long(), want) and ids.dtype == torch.int32
     picked = scores.gather(1, want)

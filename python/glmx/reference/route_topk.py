@@ -19,9 +19,7 @@ def first_k(score: torch.Tensor, k: int) -> torch.Tensor:
     return torch.sort(total_order(score), dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def select_experts(
-    biased_TE: torch.Tensor, top_k: int, n_group: int = 1, topk_group: int = 1
-) -> torch.Tensor:
+def select_experts(biased_TE: torch.Tensor, top_k: int, n_group: int = 1, topk_group: int = 1) -> torch.Tensor:
     """biased scores [T, E] -> ids [T, K]: keep topk_group groups by the sum of their two best, then the best
     K.
     """

@@ -61,9 +61,7 @@ def _weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return torch.cat(pieces)[: logits.numel()].double()
 
 
-def _sample_row(
-    logits: torch.Tensor, seed: int, position: int, temperature: float, top_k: int, top_p: float
-) -> int:
+def _sample_row(logits: torch.Tensor, seed: int, position: int, temperature: float, top_k: int, top_p: float) -> int:
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(
             "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0: "
@@ -88,9 +86,7 @@ def _per_row(value: float | Sequence[float] | torch.Tensor, rows: int, name: str
         value = value.tolist()
     values = list(value) if isinstance(value, Sequence) else [value] * rows
     if len(values) != rows:
-        raise ValueError(
-            f"expected len({name}) == logits.shape[0]: got {len(values)}, logits has {rows} rows"
-        )
+        raise ValueError(f"expected len({name}) == logits.shape[0]: got {len(values)}, logits has {rows} rows")
     return values
 
 
@@ -122,6 +118,4 @@ def sample(
         )
     ]
     rows = logits.detach()
-    return torch.tensor(
-        [_sample_row(rows[b], *(column[b] for column in columns)) for b in range(B)], dtype=torch.int64
-    )
+    return torch.tensor([_sample_row(rows[b], *(column[b] for column in columns)) for b in range(B)], dtype=torch.int64)

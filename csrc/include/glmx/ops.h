@@ -1,0 +1,292 @@
+// The contracts of every op: one POD Params struct and one function per op. No torch, no CUDA types.
+//
+// Common to all ops
+//   Layout      every tensor is dense and row-major; a pointer carries its shape beside it; sizes are int64.
+//   Dtypes      "model dtype" is fp32 or bf16 and is named by the `dtype` field; arithmetic inside is fp32.
+//   Aliasing    outputs do not overlap inputs, unless the op says so. Null is allowed only where marked "or null".
+//   Errors      the host function checks what can be checked from Params and throws glmx::Error before any work.
+//   Denormals   flushed on input and output (FTZ + DAZ) in every op.
+//   Exactness   the same input gives the same bits for every ISA, thread count and batch (DESIGN.md, X1, X2, X5).
+//   Row sums    sixteen virtual lanes: element i goes to lane i % 16, lanes are folded 16 -> 8 -> 4 -> 2 -> 1 (lane j + lane j + half).
+//   GEMM tree   per output element: for each block of 32 k (K zero-padded to 32),
+//                 e = fused chain over even k from +0, o = fused chain over odd k from +0, C = C + (e + o), C from +0.
+//               It is what one AMX bf16 tile step computes; the other ISAs follow it in fp32 FMA.
+//   Revision    kXxxRevision is raised by whoever changes an op's bits; tests/ops/golden.json holds the bits of each.
+#pragma once
+#include <cstdint>
+
+#include "glmx/dtype.h"
+
+namespace glmx {
+
+// route_topk: sigmoid routing with a selection bias and groups.
+//   s = sigmoid(logits); c = s + bias; groups outside the best topk_group (score: sum of the two largest c) count as -inf;
+//   ids = the top_k largest c, descending, ties to the lower id (NaN is -inf, -0 is +0); w = s[ids];
+//   norm_topk_prob: w = w / (sum of w in order + 1e-20); w = w * routed_scaling_factor.
+inline constexpr int kRouteTopkRevision = 1;
+struct RouteTopkParams {
+  const float* logits;          // [T, E]
+  const float* bias;            // [E]
+  float* topk_weights;          // [T, K]
+  int32_t* topk_ids;            // [T, K]
+  int32_t* expert_counts;       // [E], tokens routed to each expert
+  float* scores;                // [T, E] sigmoid(logits), or null
+  int64_t T, E, K;              // 1 <= K <= E <= 512
+  int64_t n_group, topk_group;  // E % n_group == 0, 1 <= topk_group <= n_group, K <= topk_group * (E / n_group)
+  bool norm_topk_prob;
+  float routed_scaling_factor;
+};
+void route_topk(const RouteTopkParams& p);
+
+// Backward to the logits through the weights (and through the scores when d_scores is given).
+struct RouteTopkBackwardParams {
+  const float* d_topk_weights;  // [T, K]
+  const float* d_scores;        // [T, E] or null
+  const float* logits;          // [T, E]
+  const int32_t* topk_ids;      // [T, K]
+  float* d_logits;              // [T, E]
+  int64_t T, E, K;
+  bool norm_topk_prob;
+  float routed_scaling_factor;
+};
+void route_topk_backward(const RouteTopkBackwardParams& p);
+
+// expert_plan: the stable permutation that groups (token, k) pairs by expert. Ids of -1 are skipped.
+inline constexpr int kExpertPlanRevision = 1;
+struct ExpertPlanParams {
+  const int32_t* topk_ids;  // [T, K], each -1 or 0 <= id < E (else an error)
+  int32_t* expert_offsets;  // [E + 1]: rows of expert e are [offsets[e], offsets[e+1])
+  int32_t* row_token;       // [T * K]: the token of each row; -1 past offsets[E]
+  int32_t* inverse;         // [T, K]: the row of each pair; -1 where skipped
+  int64_t T, K, E;          // T * K < 2^31
+};
+void expert_plan(const ExpertPlanParams& p);
+
+// grouped_gemm: out[r, :] = x[token(r), :] @ w[e(r)]^T (+ bias[e(r)]), rows grouped by expert. E = 1 is the dense linear.
+//   token(r) = row_token[r] with a gather, else r. Rows past expert_offsets[E] are written as zeros.
+//   silu_mul: w holds gate rows [0, N/2) then up rows [N/2, N); out [R, N/2] = silu(gate) * up from the fp32 accumulators, one rounding;
+//   preact (or null) then receives the pre-activations [R, N] rounded to the model dtype, for the backward.
+inline constexpr int kGroupedGemmRevision = 1;
+struct GroupedGemmParams {
+  const void* x;                  // [M, K] dtype
+  const void* w;                  // [E, N, K] dtype
+  const void* bias;               // [E, N] dtype, or null
+  const int32_t* expert_offsets;  // [E + 1], ascending, offsets[0] == 0, offsets[E] <= R
+  const int32_t* row_token;       // [R] in [0, M), or null (then R == M); entries past offsets[E] are not read
+  void* out;                      // [R, N] out_dtype, or [R, N/2] with silu_mul
+  void* preact;                   // [R, N] dtype, or null; only with silu_mul
+  int64_t M, R, N, K, E;
+  DType dtype, out_dtype;  // each fp32 or bf16; dtype fp32 needs out_dtype fp32
+  bool silu_mul;
+};
+void grouped_gemm(const GroupedGemmParams& p);
+
+// grouped_gemm_dgrad: dx[r, :] = dy[r, :] @ w[e(r)], reduced over N by the GEMM tree. Rows past offsets[E] are zeros.
+struct GroupedGemmDgradParams {
+  const void* dy;                 // [R, N] dtype
+  const void* w;                  // [E, N, K] dtype
+  const int32_t* expert_offsets;  // [E + 1]
+  void* dx;                       // [R, K] out_dtype
+  int64_t R, N, K, E;
+  DType dtype, out_dtype;
+};
+void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);
+
+// grouped_gemm_wgrad: dw[e] = dy[rows of e]^T @ x[token(rows of e)], reduced over the expert's rows by the GEMM tree.
+//   accumulate: dw = dw + result (fp32 only). Without it, experts with no rows write zeros.
+struct GroupedGemmWgradParams {
+  const void* dy;                 // [R, N] dtype
+  const void* x;                  // [M, K] dtype
+  const int32_t* expert_offsets;  // [E + 1]
+  const int32_t* row_token;       // [R] or null
+  void* dw;                       // [E, N, K] out_dtype
+  int64_t M, R, N, K, E;
+  DType dtype, out_dtype;
+  bool accumulate;  // needs out_dtype fp32
+};
+void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);
+
+// moe_combine: out[t, :] = sum over k in order of topk_weights[t, k] * rows[inverse[t, k], :], fp32 (fma from +0), one rounding.
+inline constexpr int kMoeCombineRevision = 1;
+struct MoeCombineParams {
+  const void* rows;           // [R, H] dtype
+  const float* topk_weights;  // [T, K], or null: every weight is 1 (the backward of a row gather)
+  const int32_t* inverse;     // [T, K]: a row in [0, R), or -1: adds nothing
+  void* out;                  // [T, H] dtype
+  int64_t T, K, R, H;
+  DType dtype;
+};
+void moe_combine(const MoeCombineParams& p);
+
+struct MoeCombineBackwardParams {
+  const void* d_out;          // [T, H] dtype
+  const void* rows;           // [R, H] dtype
+  const float* topk_weights;  // [T, K]
+  const int32_t* inverse;     // [T, K]
+  void* d_rows;               // [R, H] dtype; rows that no pair names are zeros
+  float* d_topk_weights;      // [T, K]: dot(d_out[t], rows[inverse[t, k]]), lanes as in "row sums"; 0 where inverse is -1
+  int64_t T, K, R, H;
+  DType dtype;
+};
+void moe_combine_backward(const MoeCombineBackwardParams& p);
+
+// rms_norm: y = weight * round(x * rsqrt(mean(x^2) + eps)), rounded to dtype before and after the weight (Hugging Face order).
+//   1 / sqrt is computed as an exact square root and an exact division.
+inline constexpr int kRmsNormRevision = 1;
+struct RmsNormParams {
+  const void* x;       // [T, H] dtype
+  const void* weight;  // [H] dtype
+  void* y;             // [T, H] dtype
+  float* rstd;         // [T], or null; the backward needs it
+  int64_t T, H;
+  float eps;
+  DType dtype;
+};
+void rms_norm(const RmsNormParams& p);
+
+struct RmsNormBackwardParams {
+  const void* dy;      // [T, H] dtype
+  const void* x;       // [T, H] dtype
+  const void* weight;  // [H] dtype
+  const float* rstd;   // [T]
+  void* dx;            // [T, H] dtype
+  float* d_weight;     // [H]; summed over tokens in blocks of 64 rows, blocks in order
+  float* partial;      // workspace [ceil(T / 64), H]
+  int64_t T, H;
+  bool accumulate;  // d_weight = d_weight + result
+  DType dtype;
+};
+void rms_norm_backward(const RmsNormBackwardParams& p);
+
+// add_rms_norm: residual_out = round(residual + x); y = rms_norm(residual_out). Its backward is rms_norm's plus an add.
+inline constexpr int kAddRmsNormRevision = 1;
+struct AddRmsNormParams {
+  const void* x;         // [T, H] dtype
+  const void* residual;  // [T, H] dtype
+  const void* weight;    // [H] dtype
+  void* y;               // [T, H] dtype
+  void* residual_out;    // [T, H] dtype; may be `residual`
+  float* rstd;           // [T], or null
+  int64_t T, H;
+  float eps;
+  DType dtype;
+};
+void add_rms_norm(const AddRmsNormParams& p);
+
+// silu_mul: y[t, i] = silu(x[t, i]) * x[t, I + i] in fp32, one rounding.
+inline constexpr int kSiluMulRevision = 1;
+struct SiluMulParams {
+  const void* x;  // [T, 2 * I] dtype: gate, then up
+  void* y;        // [T, I] dtype
+  int64_t T, I;
+  DType dtype;
+};
+void silu_mul(const SiluMulParams& p);
+
+struct SiluMulBackwardParams {
+  const void* dy;  // [T, I] dtype
+  const void* x;   // [T, 2 * I] dtype
+  void* dx;        // [T, 2 * I] dtype
+  int64_t T, I;
+  DType dtype;
+};
+void silu_mul_backward(const SiluMulBackwardParams& p);
+
+// rope: rotate the first 2 * half dims of each head. Angles: position * theta^(-i / half), in fp64, correct to positions of 1M.
+//   cos and sin are rounded to dtype, then each product and the sum are rounded to dtype (Hugging Face order).
+//   interleaved: pairs (2i, 2i + 1), else (i, i + half). inverse: rotate by the negative angle (the backward).
+inline constexpr int kRopeRevision = 1;
+struct RopeCosSinParams {
+  const int64_t* positions;  // [T], each >= 0
+  float* cos;                // [T, half]
+  float* sin;                // [T, half]
+  int64_t T, half;
+  double theta;  // > 0
+};
+void rope_cos_sin(const RopeCosSinParams& p);
+
+struct RopeParams {
+  const void* x;     // [T, A, D] dtype
+  const float* cos;  // [T, half]
+  const float* sin;  // [T, half]
+  void* y;           // [T, A, D] dtype; may be x
+  int64_t T, A, D, half;
+  bool interleaved, inverse;
+  DType dtype;
+};
+void rope(const RopeParams& p);
+
+// embedding: y[t, :] = weight[ids[t], :]. Backward: d_weight[v, :] = fp32 sum over the tokens with id v, in token order.
+inline constexpr int kEmbeddingRevision = 1;
+struct EmbeddingParams {
+  const int64_t* ids;  // [T], each in [0, V) (else an error)
+  const void* weight;  // [V, H] dtype
+  void* y;             // [T, H] dtype
+  int64_t T, V, H;
+  DType dtype;
+};
+void embedding(const EmbeddingParams& p);
+
+struct EmbeddingBackwardParams {
+  const int64_t* ids;  // [T]
+  const void* dy;      // [T, H] dtype
+  float* d_weight;     // [V, H]
+  int64_t T, V, H;
+  bool accumulate;  // keep what d_weight holds and add to it; else rows that no token names are zeros
+  DType dtype;
+};
+void embedding_backward(const EmbeddingBackwardParams& p);
+
+// lm_head_logprob: z = (hidden @ weight^T) in fp32 * (1 / temperature); lse = log sum exp z; logprob = z[id] - lse.
+//   The vocabulary is walked in chunks of kLmHeadChunk in order, with one online maximum and sum per token; a [T, V] buffer never exists.
+//   top: the top_n largest z - lse, descending, ties to the lower id.
+inline constexpr int kLmHeadLogprobRevision = 1;
+inline constexpr int64_t kLmHeadChunk = 1024;      // columns of W per chunk: a function of nothing, part of the bits
+inline constexpr int64_t kLmHeadTokenBlock = 256;  // tokens whose chunk of logits is held at a time; not part of the bits
+struct LmHeadLogprobParams {
+  const void* hidden;   // [T, H] dtype
+  const void* weight;   // [V, H] dtype
+  const int64_t* ids;   // [T] in [0, V), or -1: ignored, logprob 0
+  float* logprob;       // [T]
+  float* lse;           // [T]
+  int32_t* top_ids;     // [T, top_n], or null
+  float* top_logprobs;  // [T, top_n], or null
+  void* workspace;      // lm_head_logprob_workspace(p) bytes
+  int64_t T, V, H, top_n;
+  float temperature;  // > 0
+  DType dtype;
+};
+int64_t lm_head_logprob_workspace(const LmHeadLogprobParams& p);
+void lm_head_logprob(const LmHeadLogprobParams& p);
+
+// d_z[t, v] = d_logprob[t] * (1[v == id] - p) + d_lse[t] * p, times 1 / temperature, rounded to dtype; then dgrad and wgrad.
+struct LmHeadLogprobBackwardParams {
+  const float* d_logprob;  // [T]
+  const float* d_lse;      // [T], or null
+  const void* hidden;      // [T, H] dtype
+  const void* weight;      // [V, H] dtype
+  const int64_t* ids;      // [T]
+  const float* lse;        // [T] from the forward
+  float* d_hidden;         // [T, H] fp32, overwritten: chunks of the vocabulary added in order
+  float* d_weight;         // [V, H] fp32: token blocks added in order
+  void* workspace;         // lm_head_logprob_backward_workspace(p) bytes
+  int64_t T, V, H;
+  float temperature;
+  bool accumulate;  // d_weight = d_weight + result
+  DType dtype;
+};
+int64_t lm_head_logprob_backward_workspace(const LmHeadLogprobBackwardParams& p);
+void lm_head_logprob_backward(const LmHeadLogprobBackwardParams& p);
+
+// sum_squares: the sum of x_i^2 in fp64: chunks of 4096 elements, sixteen lanes each (fma), folded, chunks added in order.
+inline constexpr int kSumSquaresRevision = 1;
+struct SumSquaresParams {
+  const void* x;    // [n] dtype
+  double* out;      // [1]
+  double* partial;  // workspace [ceil(n / 4096)]
+  int64_t n;
+  DType dtype;
+};
+void sum_squares(const SumSquaresParams& p);
+
+}  // namespace glmx

@@ -1,0 +1,20 @@
+// The table of ops, in the order of ops.h.
+#include "ops/registry.h"
+
+namespace glmx {
+
+Isa chosen_isa(const OpInfo& info, Isa level) {
+  for (Isa isa : info.kernels) {
+    if (isa <= level) return isa;
+  }
+  return Isa::base;
+}
+
+const std::vector<OpInfo>& op_table() {
+  static const std::vector<OpInfo> table = {
+      rms_norm_info(),
+  };
+  return table;
+}
+
+}  // namespace glmx

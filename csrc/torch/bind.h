@@ -1,0 +1,74 @@
+// Unpacking torch::stable tensors into Params: dtype, rank, layout and device are checked here, with the argument's name.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "core/check.h"
+#include "glmx/ops.h"
+
+namespace glmx::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Int: return DType::i32;
+    case ScalarType::Long: return DType::i64;
+    default: detail::fail(name, ": unsupported dtype; expected fp32, bf16, int32 or int64");
+  }
+}
+
+// The data of a dense CPU tensor of this dtype; kAny in shape accepts any size.
+inline constexpr int64_t kAny = -1;
+inline void* data(const Tensor& t, const char* name, DType dtype, std::initializer_list<int64_t> shape) {
+  GLMX_CHECK(t.is_cpu(), name, ": expected a CPU tensor: this build has no kernel for its device");
+  const DType got = dtype_of(t, name);
+  GLMX_CHECK(got == dtype, name, ": expected dtype ", dtype_name(dtype), ": got ", dtype_name(got));
+  GLMX_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor: got strides of a view, shape ", shape_of(t));
+  GLMX_CHECK(t.dim() == static_cast<int64_t>(shape.size()), name, ": expected ", shape.size(), " dimensions: got shape ", shape_of(t));
+  int64_t i = 0;
+  for (int64_t want : shape) {
+    GLMX_CHECK(want == kAny || t.size(i) == want, name, ": expected size ", want, " in dimension ", i, ": got shape ", shape_of(t));
+    ++i;
+  }
+  return t.data_ptr();
+}
+
+// fp32 or bf16.
+inline DType model_dtype(const Tensor& t, const char* name) {
+  const DType d = dtype_of(t, name);
+  GLMX_CHECK(d == DType::f32 || d == DType::bf16, name, ": expected dtype fp32 or bf16: got ", dtype_name(d));
+  return d;
+}
+
+template <class T>
+T* data_as(const Tensor& t, const char* name, DType dtype, std::initializer_list<int64_t> shape) {
+  return static_cast<T*>(data(t, name, dtype, shape));
+}
+
+// Null for an absent optional tensor.
+template <class T>
+T* data_or_null(const std::optional<Tensor>& t, const char* name, DType dtype, std::initializer_list<int64_t> shape) {
+  return t.has_value() ? static_cast<T*>(data(*t, name, dtype, shape)) : nullptr;
+}
+
+// A scratch buffer for one call.
+Tensor workspace(const Tensor& like, DType dtype, int64_t elements);
+
+}  // namespace glmx::bind

@@ -1,0 +1,74 @@
+"""Loads the compiled op library once, and the helpers every op module shares."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = pathlib.Path(__file__).resolve().parent.parent / "libglmx_torch.so"
+
+
+def _load() -> None:
+    if not _LIBRARY.exists():
+        raise ImportError(
+            f"glmx's compiled library is missing ({_LIBRARY.name} beside the package): install glmx with "
+            "`pip install .`, or build in place with `python setup.py build_ext --inplace`. "
+            "The pure torch oracles need no library: import glmx.reference"
+        )
+    from glmx import _native
+
+    _native.active_isa()  # a wrong GLMX_ISA is an error here, before any op runs
+    torch.ops.load_library(str(_LIBRARY))
+
+
+_load()
+
+
+def op(name: str) -> Callable[..., None]:
+    """The out-variant op `torch.ops.glmx.<name>`: outputs lead, nothing is returned. Bad arguments raise ValueError."""
+    overload = getattr(torch.ops.glmx, name).default
+    torch.library.register_fake(f"glmx::{name}", lambda *args, **kwargs: None)
+
+    def call(*args: Any) -> None:
+        try:
+            overload(*args)
+        except RuntimeError as error:
+            raise ValueError(str(error).split("\n", 1)[0]) from None
+
+    return call
+
+
+def check_model_dtype(tensor: Tensor, name: str) -> None:
+    """fp32 or bf16, else ValueError."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{name}: expected dtype torch.float32 or torch.bfloat16: got {tensor.dtype}")
+
+
+def check_same_dtype(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name}: expected dtype {dtype}: got {tensor.dtype}")
+
+
+def check_dim(tensor: Tensor, name: str, dim: int) -> None:
+    if tensor.dim() != dim:
+        raise ValueError(f"{name}: expected {dim} dimensions: got shape {list(tensor.shape)}")
+
+
+def weight_gradient(weight: Tensor, accumulate: Callable[[Tensor, bool], None]) -> Tensor | None:
+    """The gradient of a parameter from an op that can add into an fp32 buffer.
+
+    `accumulate(out, True)` adds the gradient to `out`; `accumulate(out, False)` writes it. When the trainer owns
+    `weight.main_grad` (fp32, the weight's shape) the gradient is added there and autograd gets None; otherwise a
+    fresh fp32 gradient is rounded once to the weight's dtype.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None:
+        accumulate(main_grad, True)
+        return None
+    fresh = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    accumulate(fresh, False)
+    return fresh.to(weight.dtype)
