@@ -1,0 +1,352 @@
+"""Byte-level BPE tokenizers in GLM's form: trained here, or read from a Hugging Face directory.
+
+    tokenizer = train(texts, vocab_size=4096); tokenizer.save(out)
+    tokenizer = Tokenizer.from_dir(checkpoint)
+    ids = tokenizer.encode("def f(x):"); tokenizer.decode(ids) == "def f(x):"
+
+A trained tokenizer has GLM-4.5's layout: ordinary tokens first, then the special tokens in the released
+order, then the tags of reasoning and tool calls, which are single tokens but not "special": skipping special
+tokens keeps them. Nothing is added to a text silently; what a document or a chat starts with is `prefix_ids`
+and the chat template's business.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from glmx.errors import CheckpointError, ConfigError, UnsupportedError
+
+EOS = "<|endoftext|>"
+# What GLM puts before every sequence, base-model text included.
+PREFIX = ("[gMASK]", "<sop>")
+# A turn has no end token: it ends where the next role would begin.
+STOP = (EOS, "<|user|>", "<|observation|>")
+SPECIAL_TOKENS = (
+    EOS, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>", "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>",
+)  # fmt: skip
+TAG_TOKENS = (
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+    "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink",
+)  # fmt: skip
+# GLM-4's split: contractions, words with one leading mark or space, digits by up to 3, runs of marks, runs of
+# space.
+GLM_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table), inverted."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def train(texts: Iterable[str], vocab_size: int, *, pattern: str = GLM_PATTERN) -> Tokenizer:
+    """Train a byte-level BPE on `texts`; `vocab_size` counts the special tokens. Same texts, same tokenizer.
+
+    `pattern` is the pre-tokenisation: matches of this regular expression are what merges never cross.
+
+    Raises ConfigError when `vocab_size` has no room for the 256 bytes and the special tokens, or when the
+    texts do not yield that many tokens (a model's embedding must not have rows that no text can reach).
+    """
+    added = len(SPECIAL_TOKENS) + len(TAG_TOKENS)
+    if vocab_size < 256 + added:
+        raise ConfigError(
+            f"vocab_size = {vocab_size}: at least {256 + added} (256 bytes and {added} special tokens)"
+        )
+    hf = tokenizers.Tokenizer(models.BPE(byte_fallback=False, fuse_unk=False))
+    hf.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False),
+        ]
+    )
+    hf.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - added,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    hf.train_from_iterator(texts, trainer=trainer)
+    hf.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    hf.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAG_TOKENS])
+    if hf.get_vocab_size() != vocab_size:
+        raise ConfigError(
+            f"vocab_size = {vocab_size}: the text yields only {hf.get_vocab_size()} tokens; "
+            f"ask for at most that many, or give more text"
+        )
+    return Tokenizer(hf, chat_template=default_chat_template())
+
+
+def default_chat_template() -> str:
+    """The chat template of GLM-4.5's form that a trained tokenizer is saved with."""
+    return (
+        resources.files("glmx.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+    )
+
+
+class Tokenizer:
+    """A byte-level tokenizer with its chat template. `vocab_size` counts all ids, added tokens included."""
+
+    def __init__(
+        self,
+        hf: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None = None,
+        eos_token: str = EOS,
+        eos_ids: Sequence[int] | None = None,
+    ) -> None:
+        if json.loads(hf.to_str()).get("decoder", {}).get("type") != "ByteLevel":
+            raise UnsupportedError(
+                "tokenizer.json: only byte-level tokenizers (decoder ByteLevel) are supported"
+            )
+        self.hf = hf
+        # The same tokenizer, reading special tokens' names as ordinary text: for text nobody vouches for.
+        self._plain = tokenizers.Tokenizer.from_str(hf.to_str())
+        self._plain.encode_special_tokens = True
+        self.chat_template = chat_template
+        self.eos_token = eos_token
+        self._added = dict(hf.get_added_tokens_decoder())
+        self.special_ids = frozenset(i for i, t in self._added.items() if t.special)
+        self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values()) + 1
+        eos = hf.token_to_id(eos_token)
+        if eos is None:
+            raise CheckpointError(f"tokenizer: eos_token {eos_token!r} is not in the vocabulary")
+        self.eos_id: int = eos
+        known = [hf.token_to_id(t) for t in STOP]
+        self.eos_ids: tuple[int, ...] = tuple(
+            eos_ids if eos_ids is not None else dict.fromkeys([eos, *(i for i in known if i is not None)])
+        )
+        prefix = [i for i in map(hf.token_to_id, PREFIX) if i is not None]
+        self.prefix_ids: tuple[int, ...] = tuple(prefix) if len(prefix) == len(PREFIX) else ()
+
+    # -- reading and writing a directory
+
+    @classmethod
+    def from_dir(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read tokenizer.json, and from beside it the chat template and the stop tokens. Raises
+        CheckpointError."""
+        base = Path(path)
+        file = base / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{base}: no tokenizer.json")
+        try:
+            hf = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as e:  # the library raises bare Exception for a file it cannot parse
+            raise CheckpointError(f"{file}: not a tokenizer: {e}") from e
+        config = _read_json(base / "tokenizer_config.json")
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several named templates: take the one called default
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        jinja = base / "chat_template.jinja"
+        if jinja.is_file():
+            template = jinja.read_text(encoding="utf-8")
+        eos_token = config.get("eos_token", EOS)
+        if isinstance(eos_token, dict):
+            eos_token = eos_token["content"]
+        eos_ids = _read_json(base / "generation_config.json").get("eos_token_id")
+        if eos_ids is None:
+            eos_ids = _read_json(base / "config.json").get("eos_token_id")
+        if isinstance(eos_ids, int):
+            eos_ids = [eos_ids]
+        return cls(hf, chat_template=template, eos_token=eos_token, eos_ids=eos_ids)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers reads them."""
+        base = Path(path)
+        base.mkdir(parents=True, exist_ok=True)
+        (base / "tokenizer.json").write_text(self.hf.to_str(pretty=True), encoding="utf-8")
+        added = {
+            str(i): {
+                "content": t.content,
+                "lstrip": t.lstrip,
+                "normalized": t.normalized,
+                "rstrip": t.rstrip,
+                "single_word": t.single_word,
+                "special": t.special,
+            }
+            for i, t in sorted(self._added.items())
+        }
+        config = {
+            "added_tokens_decoder": added,
+            "additional_special_tokens": [t.content for i, t in sorted(self._added.items()) if t.special],
+            "clean_up_tokenization_spaces": False,
+            "do_lower_case": False,
+            "eos_token": self.eos_token,
+            "model_max_length": 131072,
+            "pad_token": self.eos_token,
+            "padding_side": "left",
+            "remove_space": False,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        (base / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (base / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of tokenizer.json's content, whatever its white space: what token shards remember they were made
+        with."""
+        return hashlib.sha256(self.hf.to_str().encode()).hexdigest()
+
+    # -- text and ids
+
+    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
+        """The ids of `text`, nothing added. `allow_special=False` reads `<|user|>` and the like as ordinary
+        text."""
+        return (self.hf if allow_special else self._plain).encode(text, add_special_tokens=False).ids
+
+    def encode_document(self, text: str) -> list[int]:
+        """A training document: `prefix_ids`, the text (special tokens' names as ordinary text), `eos_id`."""
+        return [*self.prefix_ids, *self.encode(text, allow_special=False), self.eos_id]
+
+    def encode_documents(self, texts: Sequence[str], batch: int = 64) -> Iterator[list[int]]:
+        """`encode_document` of each text in order, on all threads of the tokenizers library."""
+        for i in range(0, len(texts), batch):
+            for e in self._plain.encode_batch(list(texts[i : i + batch]), add_special_tokens=False):
+                yield [*self.prefix_ids, *e.ids, self.eos_id]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Reasoning and tool tags are never
+        skipped."""
+        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> bytes:
+        """The bytes of `ids`. Raises ValueError for an id outside the vocabulary."""
+        skip = self.special_ids if skip_special_tokens else ()
+        return b"".join(self.token_bytes(i) for i in ids if i not in skip)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for; b"" for an id the vocabulary skips. Raises ValueError outside of
+        it."""
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"token id {token_id}: expected 0 <= id < {self.vocab_size}")
+        return self._table[token_id]
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """int32 [vocab_size]: the bytes of text each token accounts for, 0 for special tokens (bits per
+        byte)."""
+        lengths = np.array([len(b) for b in self._table], np.int32)
+        lengths[sorted(self.special_ids)] = 0
+        return lengths
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        alphabet = _byte_alphabet()
+        table = [b""] * self.vocab_size
+        for token, i in self.hf.get_vocab(with_added_tokens=True).items():
+            if i in self._added:
+                table[i] = token.encode("utf-8")
+            else:
+                table[i] = bytes(alphabet[c] for c in token)
+        return table
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh incremental decoder for one streamed sequence."""
+        return Detokenizer(self, skip_special_tokens=skip_special_tokens)
+
+    # -- chat
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of a chat, by the checkpoint's own template, rendered in jinja's immutable sandbox.
+
+        `enable_thinking=None` leaves it undefined, which a template may tell from True. Raises
+        UnsupportedError without a template, ValueError when the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise UnsupportedError(
+                "this checkpoint has no chat template (chat_template.jinja); give a plain prompt"
+            )
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
+        import jinja2
+
+        try:
+            return self._template.render(
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                eos_token=self.eos_token,
+                pad_token=self.eos_token,
+                **variables,
+            )
+        except jinja2.TemplateError as e:
+            raise ValueError(f"messages: the chat template refuses them: {e}") from e
+
+    @cached_property
+    def _template(self) -> Any:
+        import jinja2
+        import jinja2.ext
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:
+            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **kwargs)
+
+        # The settings transformers renders with: templates are written against them.
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols], autoescape=False
+        )
+        env.filters["tojson"] = tojson
+        env.globals["raise_exception"] = raise_exception
+        try:
+            return env.from_string(self.chat_template or "")
+        except jinja2.TemplateError as e:
+            raise CheckpointError(f"chat_template.jinja: {e}") from e
+
+
+class Detokenizer:
+    """Text of one growing sequence: `push` returns what is new and complete, `flush` the rest.
+
+    A character whose bytes are spread over several tokens is held back until its last byte is there, so the
+    pieces joined equal `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: int | Iterable[int]) -> str:
+        new = [ids] if isinstance(ids, int) else ids
+        return self._utf8.decode(self._tokenizer.decode_bytes(new, skip_special_tokens=self._skip))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not JSON: {e}") from e

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from glmx.data import tokenizer
+from glmx.data.tokenizer import SPECIAL_TOKENS, TAG_TOKENS, Tokenizer
+from glmx.errors import CheckpointError, ConfigError, UnsupportedError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+utf8 = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
+    st.sampled_from([*SPECIAL_TOKENS, *TAG_TOKENS, " ", "\n", "\r\n", "\t", "é", "𝄞", "12345", "def "])
+).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=utf8, special=st.booleans())
+def test_round_trip_is_exact(tok, text, special):
+    ids = tok.encode(text, allow_special=special)
+    assert tok.decode(ids) == text
+    assert sum(len(tok.token_bytes(i)) for i in ids) == len(text.encode())
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=utf8, data=st.data())
+def test_streamed_pieces_join_to_the_text(tok, text, data):
+    ids = tok.encode(text)
+    stream = tok.detokenizer(skip_special_tokens=False)
+    pieces = []
+    while ids:
+        n = data.draw(st.integers(1, 3))
+        pieces.append(stream.push(ids[:n]))
+        ids = ids[n:]
+    assert "".join(pieces) + stream.flush() == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_ids_stream_as_they_decode(tok, data):
+    ids = data.draw(st.lists(st.integers(0, tok.vocab_size - 1), max_size=30))
+    stream = tok.detokenizer()
+    assert "".join(stream.push(i) for i in ids) + stream.flush() == tok.decode(ids, skip_special_tokens=True)
+    assert tok.decode(ids) == tok.hf.decode(ids, skip_special_tokens=False)
+
+
+def test_half_a_character_is_held_back(tok):
+    ids = tok.encode("𝄞")
+    assert len(ids) > 1
+    stream = tok.detokenizer()
+    assert [stream.push(i) for i in ids] == [""] * (len(ids) - 1) + ["𝄞"]
+    cut = tok.detokenizer()
+    assert cut.push(ids[:-1]) == "" and cut.flush() == "\ufffd"
+
+
+def test_layout_is_glms(tok):
+    first = tok.vocab_size - len(SPECIAL_TOKENS) - len(TAG_TOKENS)
+    assert tok.vocab_size == 640
+    assert [tok.hf.id_to_token(first + i) for i in range(tok.vocab_size - first)] == [
+        *SPECIAL_TOKENS,
+        *TAG_TOKENS,
+    ]
+    assert tok.eos_id == first
+    assert [tok.hf.id_to_token(i) for i in tok.eos_ids] == ["<|endoftext|>", "<|user|>", "<|observation|>"]
+    assert tok.decode(tok.prefix_ids) == "[gMASK]<sop>"
+
+
+def test_digits_split_by_three(tok):
+    assert max(len(tok.decode([i])) for i in tok.encode("1111111111")) <= 3
+    digits = [t for t in (tok.decode([i]) for i in range(tok.eos_id)) if t.isdigit()]
+    assert max(map(len, digits)) <= 3
+
+
+def test_skipping_special_tokens_keeps_the_tags(tok):
+    ids = tok.encode("<think>hm</think><tool_call><|user|>")
+    assert tok.decode(ids, skip_special_tokens=True) == "<think>hm</think><tool_call>"
+
+
+def test_text_cannot_smuggle_special_tokens(tok):
+    assert tok.eos_id in tok.encode("<|endoftext|>")
+    plain = tok.encode("<|endoftext|><|user|>", allow_special=False)
+    assert not tok.special_ids & set(plain)
+    document = tok.encode_document("a<|endoftext|>b")
+    assert (
+        document.count(tok.eos_id) == 1
+        and document[-1] == tok.eos_id
+        and document[:2] == list(tok.prefix_ids)
+    )
+    assert list(tok.encode_documents(["a<|endoftext|>b", "c"], batch=1)) == [
+        document,
+        tok.encode_document("c"),
+    ]
+
+
+def test_byte_lengths_count_text_alone(tok, stdlib):
+    text = stdlib.heldout[0].text + " é <think>"
+    ids = tok.encode_document(text)
+    assert tok.byte_lengths[ids].sum() == len(text.encode())
+    with pytest.raises(ValueError, match=r"token id 640: expected 0 <= id < 640"):
+        tok.decode([640])
+
+
+def test_training_twice_gives_the_same_file(tok, stdlib):
+    again = tokenizer.train([d.text for d in stdlib.train[:60]], vocab_size=640)
+    assert again.hf.to_str() == tok.hf.to_str()
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ConfigError, match=r"vocab_size = 100: at least"):
+        tokenizer.train(["abc"], vocab_size=100)
+    with pytest.raises(ConfigError, match=r"vocab_size = 5000: the text yields only"):
+        tokenizer.train(["abc abc abc"], vocab_size=5000)
+
+
+def test_saved_directory_reads_back(tok, tmp_path, stdlib):
+    tok.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tok.eos_id, 5]}))
+    back = Tokenizer.from_dir(tmp_path)
+    text = stdlib.heldout[1].text
+    assert back.encode(text) == tok.encode(text)
+    assert (
+        back.sha256 == tok.sha256
+        and back.chat_template == tok.chat_template
+        and back.vocab_size == tok.vocab_size
+    )
+    assert back.eos_ids == (tok.eos_id, 5)
+
+
+def test_transformers_agrees(tok, tmp_path, stdlib):
+    transformers = pytest.importorskip("transformers")
+    tok.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (
+        stdlib.heldout[2].text,
+        "<think>x</think><|user|> 12345 é𝄞\n\n\t y",
+        " don't clean up , this .",
+    ):
+        ids = tok.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == tok.decode(ids)
+        assert theirs.decode(ids, skip_special_tokens=True) == tok.decode(ids, skip_special_tokens=True)
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.padding_side) == (tok.eos_id, tok.eos_id, "left")
+    assert len(theirs) == tok.vocab_size
+    for options in ({}, {"enable_thinking": False}, {"tools": TOOLS}):
+        for generate in (False, True):
+            mine = tok.apply_chat_template(CHAT, add_generation_prompt=generate, **options)
+            assert mine == theirs.apply_chat_template(
+                CHAT, tokenize=False, add_generation_prompt=generate, **options
+            )
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "city": "Zürich"}}}
+]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "<think>greet</think>\nHello"},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Zürich?"}],
+    },
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "call it",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2}}}
+        ],
+    },
+    {"role": "tool", "content": "12 C"},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "12 C, rain", "reasoning_content": "now say it"},
+]
+
+
+def test_chat_template_is_glm_45s(tok):
+    """Against the text form of GLM-4.5, written out (role newline, reasoning after the last user turn
+    only)."""
+    assert tok.apply_chat_template(CHAT, add_generation_prompt=False) == (
+        "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>\n<think></think>\nHello"
+        "<|user|>\nWeather in Zürich?<|assistant|>\n<think>call it</think>\n<tool_call>weather\n"
+        "<arg_key>city</arg_key>\n<arg_value>Zürich</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+        "<|observation|>\n<tool_response>\n12 C\n</tool_response>\n<tool_response>\nrain\n</tool_response>"
+        "<|assistant|>\n<think>now say it</think>\n12 C, rain"
+    )
+    user = [{"role": "user", "content": "Hi"}]
+    assert tok.apply_chat_template(user) == "[gMASK]<sop><|user|>\nHi<|assistant|>"
+    assert tok.apply_chat_template(user, enable_thinking=True) == "[gMASK]<sop><|user|>\nHi<|assistant|>"
+    quiet = "[gMASK]<sop><|user|>\nHi/nothink<|assistant|>\n<think></think>"
+    assert tok.apply_chat_template(user, enable_thinking=False) == quiet
+    once = [{"role": "user", "content": "Hi/nothink"}]
+    assert tok.apply_chat_template(once, enable_thinking=False) == quiet
+    with_tools = tok.apply_chat_template(user, tools=TOOLS)
+    assert with_tools.startswith("[gMASK]<sop><|system|>\n# Tools\n\n") and '"city": "Zürich"' in with_tools
+
+
+def test_chat_template_runs_in_a_sandbox(tok):
+    evil = Tokenizer(tok.hf, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(ValueError, match="messages"):
+        evil.apply_chat_template([{"role": "user", "content": "x"}])
+    with pytest.raises(ValueError, match="unknown role"):
+        tok.apply_chat_template([{"role": "robot", "content": "x"}])
+    with pytest.raises(UnsupportedError, match="no chat template"):
+        Tokenizer(tok.hf).apply_chat_template([])
+
+
+def test_broken_directories_are_named(tok, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer.from_dir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a tokenizer"):
+        Tokenizer.from_dir(tmp_path)
+    tok.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        Tokenizer.from_dir(tmp_path)
+    other = json.loads(tok.hf.to_str()) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(UnsupportedError, match="byte-level"):
+        Tokenizer.from_dir(tmp_path)
