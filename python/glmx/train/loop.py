@@ -1,0 +1,174 @@
+"""Pre-training: one process, one loop.
+
+    result = pretrain(load_config("run.toml"))
+
+The same call continues a run that was cut short: what is in `out` decides. Records of log.jsonl, per step:
+    step, tokens, loss, mtp_loss (null without MTP), aux_loss, lr, grad_norm, tokens_per_s, time_s,
+    max_vio: [per MoE layer], expert_load: [[E] per MoE layer]   (the MTP layer is the last)
+and per held-out measurement: step, tokens, heldout_loss (nats per token), heldout_bpb (bits per byte).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glmx.errors import GlmxError
+from glmx.train import balance, checkpoint
+from glmx.train.config import PretrainConfig
+from glmx.train.loss import Denominators, Losses, forward_backward
+from glmx.train.optim import clip_factor
+from glmx.train.progress import RunProgress, duration
+from glmx.train.run import Run
+from glmx.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: `reason` is "done", "minutes" or the name of a signal."""
+
+    reason: str
+    checkpoint: Path
+    step: int
+    tokens: int
+    heldout_bpb: float | None
+
+
+def pretrain(
+    config: PretrainConfig, *, quiet: bool = False, on_record: Callable[[dict[str, Any]], None] | None = None
+) -> Result:
+    """Trains until the planned tokens, the time bound, or a signal; always ends on a checkpoint.
+
+    Raises ConfigError, CheckpointError, and GlmxError when the loss is no longer finite.
+    """
+    run = Run.start(config)
+    heldout = None
+    with (
+        run.open_log(on_record) as log,
+        RunProgress(config.total_steps, run.step, config.train.minutes, quiet) as progress,
+        StopRequest(config.train.minutes) as stop,
+    ):
+        if run.step:
+            progress.say(f"resumed {run.saved} at step {run.step}, {run.tokens:,} tokens")
+        while run.step < config.total_steps and not stop.reason:
+            record = train_step(run)
+            log.write(record)
+            progress.step(record)
+            done = run.step == config.total_steps
+            stop.after_step()
+            if done or stop.reason == "minutes" or due(run.step, config.eval.every_steps):
+                if heldout := run.heldout_record():
+                    log.write(heldout)
+                    progress.say(f"step {run.step}: held-out {heldout['heldout_bpb']:.4f} bits per byte")
+            if done or stop.reason or due(run.step, config.checkpoint.every_steps):
+                log.sync()
+                run.save()
+        reason = "done" if run.step == config.total_steps else stop.reason
+        progress.say(closing_words(run, reason))
+    assert run.saved is not None
+    return Result(reason, run.saved, run.step, run.tokens, heldout and heldout["heldout_bpb"])
+
+
+def train_step(run: Run) -> dict[str, Any]:
+    """One optimizer step over one global batch; returns its log record."""
+    config, begun = run.config, time.monotonic()
+    micro_batches = run.next_batch()
+    counts = Denominators.of(micro_batches)
+    losses, loads = Losses(), balance.ExpertLoads()
+    run.optim.zero_grad()
+    for micro in micro_batches:
+        forward_backward(
+            run.model,
+            micro,
+            counts,
+            mtp_weight=config.mtp_loss_weight,
+            aux_weight=config.balance.aux_weight,
+            losses=losses,
+            loads=loads,
+        )
+        run.optim.fold_grads()
+
+    norm = run.optim.grad_norm()
+    if not math.isfinite(norm + losses.main):
+        last = f"the last checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
+        raise GlmxError(f"step {run.step + 1}: loss {losses.main}, gradient norm {norm}: {last}; try a lower optim.lr")
+    tokens = run.tokens + config.tokens_per_step
+    lr = learning_rate(
+        tokens,
+        config.total_steps * config.tokens_per_step,
+        lr=config.optim.lr,
+        min_lr=config.optim.min_lr,
+        warmup_tokens=config.optim.warmup_tokens,
+    )
+    run.optim.step(lr, clip_factor(norm, config.optim.clip))
+    freeze = config.balance.freeze_after_tokens
+    if not freeze or run.tokens < freeze:
+        balance.update_biases(run.biases, loads, config.balance.rate)
+
+    run.step, run.tokens = run.step + 1, tokens
+    seconds = time.monotonic() - begun
+    run.seconds += seconds
+    return {
+        "step": run.step,
+        "tokens": run.tokens,
+        "loss": losses.main,
+        "mtp_loss": losses.mtp if counts.mtp and run.with_mtp else None,
+        "aux_loss": losses.aux,
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens_per_s": config.tokens_per_step / seconds,
+        "time_s": run.seconds,
+        "max_vio": loads.max_vio(),
+        "expert_load": loads.as_lists(),
+    }
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def closing_words(run: Run, reason: str) -> str:
+    planned = run.config.total_steps * run.config.tokens_per_step
+    where = f"{run.tokens:,} of {planned:,} planned tokens (step {run.step}) in {duration(run.seconds)}"
+    if reason == "done":
+        return f"done: {where}; checkpoint {run.saved}"
+    cause = f"the bound of {run.config.train.minutes:g} minutes" if reason == "minutes" else reason
+    return f"stopped by {cause} after {where}; saved {run.saved}; the same command goes on from there"
+
+
+class StopRequest:
+    """Turns SIGINT, SIGTERM and the time bound into a stop between two steps; a second Ctrl-C stops at once."""
+
+    def __init__(self, minutes: float) -> None:
+        self.reason = ""
+        self.deadline = time.monotonic() + minutes * 60 if minutes else math.inf
+        self.last = time.monotonic()
+        self.old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other thread
+            self.old = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def after_step(self) -> None:
+        """Asks for a stop when another step like the last one would end past the bound."""
+        now = time.monotonic()
+        if not self.reason and now + (now - self.last) > self.deadline:
+            self.reason = "minutes"
+        self.last = now
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
