@@ -1,6 +1,7 @@
 """The run configuration: every mistake is one line that names the key, the value and what is allowed."""
 
 import pytest
+
 from glmx.errors import ConfigError
 from glmx.train.config import as_dict, fingerprint, load_config, make_config, refuse_changed
 
@@ -48,9 +49,7 @@ def test_mistake_is_one_line_with_key_and_value(raw, words):
 def test_toml_then_dotted_overrides(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('model = "m"\nout = "o"\n[data]\nshards = "s"\n[train]\nsteps = 4\n[optim]\nlr = 0.5\n')
-    config = load_config(
-        path, ["--optim.lr", "1e-3", "--train.dtype=fp32", "--model", "7", "--optim.clip", "2"]
-    )
+    config = load_config(path, ["--optim.lr", "1e-3", "--train.dtype=fp32", "--model", "7", "--optim.clip", "2"])
     assert (config.optim.lr, config.train.dtype, config.model, config.optim.clip) == (1e-3, "fp32", "7", 2.0)
     assert config.train.steps == 4 and config.total_steps == 4
     with pytest.raises(ConfigError, match="'optim.lrr'.*'optim.lr'"):
@@ -75,9 +74,7 @@ def test_tokens_round_up_to_whole_steps():
 
 def test_resume_refuses_a_changed_key_by_name():
     saved = as_dict(make_config(GOOD))
-    refuse_changed(
-        saved, make_config(changed(checkpoint={"every_steps": 3}, train={"minutes": 1.0}, out="p"))
-    )
+    refuse_changed(saved, make_config(changed(checkpoint={"every_steps": 3}, train={"minutes": 1.0}, out="p")))
     with pytest.raises(ConfigError, match=r"optim\.lr is 0\.01.*0\.003"):
         refuse_changed(saved, make_config(changed(optim={"lr": 0.01})))
     assert fingerprint(make_config(GOOD)) != fingerprint(make_config(changed(optim={"lr": 0.01})))

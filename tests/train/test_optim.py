@@ -1,12 +1,15 @@
-"""AdamW on masters: torch.optim.AdamW's numbers in fp32, one rounding in bf16, the same bits for any thread count."""
+"""AdamW on masters: torch.optim.AdamW's numbers in fp32, one rounding in bf16, the same bits for any thread
+count.
+"""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from glmx.train.optim import BLOCK, AdamW, clip_factor, decays
 from torch import nn
+
+from glmx.train.optim import BLOCK, AdamW, clip_factor, decays
 
 ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 
@@ -58,9 +61,7 @@ def test_decay_is_on_matrices_only():
 def test_parameters_are_the_rounded_masters_and_small_updates_add_up():
     params = {"w.weight": nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))}
     optim = AdamW(params.items(), **ADAM, weight_decay=0.0)
-    for _ in range(
-        64
-    ):  # each update is 2**-10, below half a bf16 step at 1.0: without masters nothing would move
+    for _ in range(64):  # each update is 2**-10, below half a bf16 step at 1.0: without masters nothing would move
         optim.zero_grad()
         params["w.weight"].main_grad += 1.0
         optim.step(2**-10)
@@ -134,9 +135,7 @@ print(h.hexdigest())
 
 def test_bits_do_not_depend_on_the_thread_count():
     runs = {
-        subprocess.run(
-            [sys.executable, "-c", HASH_OF_A_RUN, n], capture_output=True, text=True, check=True
-        ).stdout
+        subprocess.run([sys.executable, "-c", HASH_OF_A_RUN, n], capture_output=True, text=True, check=True).stdout
         for n in ("1", "2", "3")
     }
     assert len(runs) == 1

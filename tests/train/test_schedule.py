@@ -3,9 +3,10 @@
 import math
 
 import pytest
+
 from glmx.train.schedule import learning_rate
 
-PLAN = dict(lr=2.0, min_lr=0.2, warmup_tokens=100)
+PLAN = {"lr": 2.0, "min_lr": 0.2, "warmup_tokens": 100}
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,13 @@ def update_biases(biases: Sequence[Tensor], loads: ExpertLoads, rate: float) -> 
 def sequence_balance(scores_TE: Tensor, topk_ids_TK: Tensor, row_lengths: Sequence[int]) -> tuple[float, Tensor]:
     """The loss summed over the rows of a micro-batch, and its gradient with respect to scores_TE, fp32.
 
-    row_lengths: tokens per row, in order, T in all. Sums run through grouped_gemm, with a row of tokens as its
-    "expert", so their order is fixed: torch's own reductions change bits with the thread count.
+    row_lengths: tokens per row, in order, T in all. Sums run through grouped_gemm, with a row of tokens as
+    its "expert", so their order is fixed: torch's own reductions change bits with the thread count.
     """
     from glmx.ops import grouped_gemm, grouped_gemm_wgrad
 
     lengths = torch.tensor(row_lengths)
-    S, (T, E), K = len(lengths), scores_TE.shape, topk_ids_TK.shape[1]
+    S, E, K = len(lengths), scores_TE.shape[1], topk_ids_TK.shape[1]
     row_T = torch.repeat_interleave(torch.arange(S), lengths)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
 

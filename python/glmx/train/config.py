@@ -33,9 +33,7 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Data(Section, frozen=True):
     shards: str  # directory of token shards to train on
-    heldout: str | None = (
-        None  # directory of token shards to measure on; without it no held-out records are written
-    )
+    heldout: str | None = None  # directory of token shards to measure on; without it no held-out records are written
     seq_len: PositiveInt = 512  # tokens per packed row
 
 
@@ -48,9 +46,7 @@ class Optim(Section, frozen=True):
     beta1: Beta = 0.9
     beta2: Beta = 0.95
     eps: Positive = 1e-8
-    weight_decay: NonNegative = (
-        0.1  # on matrices; not on norms, biases and the token embedding (see optim.py)
-    )
+    weight_decay: NonNegative = 0.1  # on matrices; not on norms, biases and the token embedding (see optim.py)
     clip: NonNegative = 1.0  # limit of the global gradient norm; 0 does not clip
 
 
@@ -253,6 +249,4 @@ def _check(config: PretrainConfig) -> None:
         raise ConfigError(f"optim.min_lr is {optim.min_lr}: it must not exceed optim.lr, which is {optim.lr}")
     planned = config.total_steps * config.tokens_per_step
     if optim.warmup_tokens > planned:
-        raise ConfigError(
-            f"optim.warmup_tokens is {optim.warmup_tokens}: the run has only {planned} tokens in all"
-        )
+        raise ConfigError(f"optim.warmup_tokens is {optim.warmup_tokens}: the run has only {planned} tokens in all")

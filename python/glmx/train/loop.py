@@ -10,7 +10,6 @@ and per held-out measurement: step, tokens, heldout_loss (nats per token), heldo
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from glmx.errors import GlmxError
-from glmx.train import balance, checkpoint
+from glmx.train import balance
 from glmx.train.config import PretrainConfig
 from glmx.train.loss import Denominators, Losses, forward_backward
 from glmx.train.optim import clip_factor
@@ -63,10 +62,10 @@ def pretrain(
             progress.step(record)
             done = run.step == config.total_steps
             stop.after_step()
-            if done or stop.reason == "minutes" or due(run.step, config.eval.every_steps):
-                if heldout := run.heldout_record():
-                    log.write(heldout)
-                    progress.say(f"step {run.step}: held-out {heldout['heldout_bpb']:.4f} bits per byte")
+            measure = done or stop.reason == "minutes" or due(run.step, config.eval.every_steps)
+            if measure and (heldout := run.heldout_record()):
+                log.write(heldout)
+                progress.say(heldout_words(heldout))
             if done or stop.reason or due(run.step, config.checkpoint.every_steps):
                 log.sync()
                 run.save()
@@ -80,7 +79,7 @@ def train_step(run: Run) -> dict[str, Any]:
     """One optimizer step over one global batch; returns its log record."""
     config, begun = run.config, time.monotonic()
     micro_batches = run.next_batch()
-    counts = Denominators.of(micro_batches)
+    counts = Denominators.of(micro_batches, config.data.seq_len)
     losses, loads = Losses(), balance.ExpertLoads()
     run.optim.zero_grad()
     for micro in micro_batches:
@@ -88,7 +87,8 @@ def train_step(run: Run) -> dict[str, Any]:
             run.model,
             micro,
             counts,
-            mtp_weight=config.mtp_loss_weight,
+            seq_len=config.data.seq_len,
+            mtp_weight=config.mtp_loss_weight if run.with_mtp else 0.0,
             aux_weight=config.balance.aux_weight,
             losses=losses,
             loads=loads,
@@ -119,7 +119,7 @@ def train_step(run: Run) -> dict[str, Any]:
         "step": run.step,
         "tokens": run.tokens,
         "loss": losses.main,
-        "mtp_loss": losses.mtp if counts.mtp and run.with_mtp else None,
+        "mtp_loss": losses.mtp if run.with_mtp else None,
         "aux_loss": losses.aux,
         "lr": lr,
         "grad_norm": norm,
@@ -132,6 +132,12 @@ def train_step(run: Run) -> dict[str, Any]:
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def heldout_words(record: dict[str, Any]) -> str:
+    bpb = record["heldout_bpb"]
+    size = "" if bpb is None else f", {bpb:.4f} bits per byte"
+    return f"step {record['step']}: held-out loss {record['heldout_loss']:.4f} nats per token{size}"
 
 
 def closing_words(run: Run, reason: str) -> str:

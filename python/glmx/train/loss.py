@@ -11,65 +11,46 @@ torch reduction takes part.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmx.train.balance import ExpertLoads, sequence_balance
 
-IGNORE = -1
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Packed rows, flattened. Documents are the sequences of `cu_seqlens`; nothing crosses their borders."""
-
-    ids_T: Tensor  # i64
-    positions_T: Tensor  # i64, from 0 in every document
-    targets_T: Tensor  # i64: the next token, or -1
-    next_ids_T: Tensor  # i64: the token the MTP layer embeds (targets, with -1 replaced by a valid id)
-    mtp_targets_T: Tensor  # i64: the token after the next, or -1
-    cu_seqlens: list[int]  # document borders
-    row_lengths: list[int]  # tokens per packed row
+if TYPE_CHECKING:
+    from glmx.data.packing import PackedBatch
+    from glmx.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
 class Denominators:
-    """Valid targets of a global batch, and its rows."""
+    """Valid targets of a global batch, and its rows of seq_len tokens."""
 
     main: int
     mtp: int
     rows: int
 
     @classmethod
-    def of(cls, micro_batches: Sequence[MicroBatch]) -> Denominators:
+    def of(cls, micro_batches: Sequence[PackedBatch], seq_len: int) -> Denominators:
         return cls(
-            main=sum(int((m.targets_T >= 0).sum()) for m in micro_batches),
-            mtp=sum(int((m.mtp_targets_T >= 0).sum()) for m in micro_batches),
-            rows=sum(len(m.row_lengths) for m in micro_batches),
+            main=sum(int((m.targets >= 0).sum()) for m in micro_batches),
+            mtp=sum(int((m.mtp_targets >= 0).sum()) for m in micro_batches),
+            rows=sum(m.num_tokens for m in micro_batches) // seq_len,
         )
 
 
 @dataclass
 class Losses:
-    """Means over a global batch in nats; `aux` is the sequence-balance loss, averaged over rows and MoE layers."""
+    """Means over a global batch, in nats; `aux` is the sequence-balance loss, averaged over rows and MoE
+    layers.
+    """
 
     main: float = 0.0
     mtp: float = 0.0
     aux: float = 0.0
-
-
-def _nll(model: nn.Module, hidden_TH: Tensor, targets_T: Tensor) -> Tensor:
-    from glmx.ops import lm_head_logprob
-
-    return lm_head_logprob(hidden_TH, head_weight(model), targets_T).logprob
-
-
-def head_weight(model: Any) -> Tensor:
-    return model.model.embed_tokens.weight if model.config.tie_word_embeddings else model.lm_head.weight
 
 
 def exact_sum(x: Tensor) -> float:
@@ -77,11 +58,19 @@ def exact_sum(x: Tensor) -> float:
     return math.fsum(x.detach().flatten().tolist())
 
 
+def target_logprobs(model: Decoder, hidden_TH: Tensor, targets_T: Tensor) -> Tensor:
+    """fp32 [T], 0 where the target is -1."""
+    from glmx.ops import lm_head_logprob
+
+    return lm_head_logprob(hidden_TH, model.lm_head.weight, targets_T).logprob
+
+
 def forward_backward(
-    model: Any,
-    micro: MicroBatch,
+    model: Decoder,
+    micro: PackedBatch,
     counts: Denominators,
     *,
+    seq_len: int,
     mtp_weight: float,
     aux_weight: float,
     losses: Losses,
@@ -90,43 +79,37 @@ def forward_backward(
     """Accumulates the gradients of one micro-batch and adds its part to `losses` and `loads`."""
     from glmx.models.batch import Batch
 
-    with_mtp = mtp_weight > 0 and model.config.num_nextn_predict_layers > 0
-    model.collect_scores = aux_weight > 0
     batch = Batch(micro.cu_seqlens)
     outputs: list[Tensor] = []
     grads: list[Tensor] = []
 
-    hidden_TH = model.forward_tokens(micro.ids_T, micro.positions_T, batch)
-    logprob_T = _nll(model, hidden_TH, micro.targets_T)
+    hidden_TH = model.forward_tokens(micro.ids, micro.positions, batch)
+    logprob_T = target_logprobs(model, hidden_TH, micro.targets)
     outputs.append(logprob_T)
     grads.append(torch.full_like(logprob_T, -1.0 / max(counts.main, 1)))
     losses.main -= exact_sum(logprob_T) / max(counts.main, 1)
-    if with_mtp:
-        mtp_TH = model.mtp_hidden(hidden_TH, micro.next_ids_T, micro.positions_T, batch)
-        logprob_T = _nll(model, mtp_TH, micro.mtp_targets_T)
+    if mtp_weight:
+        mtp_TH = model.mtp_hidden(hidden_TH, micro.next_ids, micro.positions, batch)
+        logprob_T = target_logprobs(model, mtp_TH, micro.mtp_targets)
         outputs.append(logprob_T)
         grads.append(torch.full_like(logprob_T, -mtp_weight / max(counts.mtp, 1)))
         losses.mtp -= exact_sum(logprob_T) / max(counts.mtp, 1)
 
-    stats = list(model.router_stats())
+    stats = model.router_stats()
     loads.add([s.expert_counts for s in stats])
-    if aux_weight > 0:
-        for s in stats:
-            value, grad_TE = sequence_balance(s.scores, s.topk_ids, micro.row_lengths)
-            losses.aux += value / (counts.rows * len(stats))
-            outputs.append(s.scores)
-            grads.append(grad_TE * (aux_weight / counts.rows))
+    for s in stats if aux_weight else ():
+        assert s.scores is not None and s.topk_ids is not None
+        value, grad_TE = sequence_balance(s.scores, s.topk_ids, [seq_len] * (micro.num_tokens // seq_len))
+        losses.aux += value / (counts.rows * len(stats))
+        outputs.append(s.scores)
+        grads.append(grad_TE * (aux_weight / counts.rows))
     torch.autograd.backward(outputs, grads)
 
 
 @torch.no_grad()
-def heldout_loss(model: Any, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-    """(summed negative log-prob in nats, number of targets) of the main head."""
+def heldout_nats(model: Decoder, micro: PackedBatch) -> float:
+    """Summed negative log-prob of a micro-batch's targets under the main head."""
     from glmx.models.batch import Batch
 
-    nats, targets = 0.0, 0
-    for micro in micro_batches:
-        hidden_TH = model.forward_tokens(micro.ids_T, micro.positions_T, Batch(micro.cu_seqlens))
-        nats -= exact_sum(_nll(model, hidden_TH, micro.targets_T))
-        targets += int((micro.targets_T >= 0).sum())
-    return nats, targets
+    hidden_TH = model.forward_tokens(micro.ids, micro.positions, Batch(micro.cu_seqlens))
+    return -exact_sum(target_logprobs(model, hidden_TH, micro.targets))

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Elements per block of an update, chosen by measurement: 26 ms for 10.5 M parameters on one core or two, twice as
-# share of the L3, and torch's loop still has two chunks to split (its grain is 32,768 elements).
+# Elements per block of an update, chosen by measurement: 26 ms for 10.5 M parameters on one core or two,
+# twice as share of the L3, and torch's loop still has two chunks to split (its grain is 32,768 elements).
 BLOCK = 1 << 16
 # Parameters start at multiples of 64 bytes of the narrowest dtype, so that kernels may load whole cache
 # lines.
@@ -119,7 +119,9 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """One update with the gradients times `grad_scale` (the clip factor), then one rounding to the parameters."""
+        """One update with the gradients times `grad_scale` (the clip factor), then one rounding to the
+        parameters.
+        """
         self.updates += 1
         correction1 = 1.0 - self.beta1**self.updates
         correction2 = 1.0 - self.beta2**self.updates

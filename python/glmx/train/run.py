@@ -1,0 +1,233 @@
+"""The state of a training run: what a checkpoint holds, how it starts, resumes and is saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from glmx.errors import CheckpointError, ConfigError
+from glmx.train import checkpoint
+from glmx.train.balance import router_biases
+from glmx.train.config import PretrainConfig, as_dict, fingerprint, refuse_changed
+from glmx.train.loss import heldout_nats
+from glmx.train.optim import AdamW
+
+if TYPE_CHECKING:
+    from glmx.data.packing import PackedBatch
+    from glmx.data.shards import TokenShards
+    from glmx.data.tokenizer import Tokenizer
+    from glmx.models.decoder import Decoder
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Held-out documents are scored in windows that overlap by this share of seq_len, so that scored tokens have
+# context.
+HELDOUT_CONTEXT = 0.5
+
+
+class Run:
+    """One run. `step`, `tokens` and `seconds` count what is trained; `saved` is the newest checkpoint."""
+
+    def __init__(self, config: PretrainConfig, model: Decoder, heldout: TokenShards | None, rows: Any) -> None:
+        self.config, self.model, self.heldout, self.rows = config, model, heldout, rows
+        self.out = Path(config.out)
+        self.tokenizer_dir = _tokenizer_dir(config)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.saved: Path | None = None
+        self.with_mtp = config.mtp_loss_weight > 0 and model.config.num_nextn_predict_layers > 0
+        optim = config.optim
+        self.optim = AdamW(
+            model.named_parameters(),
+            beta1=optim.beta1,
+            beta2=optim.beta2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+        self.biases = router_biases(model)
+        model.train()
+        model.collect_scores = config.balance.aux_weight > 0
+
+    @classmethod
+    def start(cls, config: PretrainConfig) -> Run:
+        """Opens the data, builds or loads the model, and resumes what `out` holds. Raises before it trains."""
+        from glmx.data.packing import PackedRows
+        from glmx.data.shards import TokenShards
+
+        out, train = Path(config.out), config.train
+        found = checkpoint.latest(out) if out.is_dir() else None
+        saved = checkpoint.read(found) if found else None
+        if saved:
+            refuse_changed(saved.state["config"], config)
+        shards = TokenShards.open(config.data.shards, config.data.train)
+        heldout = None
+        if config.data.heldout:
+            heldout = TokenShards.open(config.data.shards, config.data.heldout)
+        rows = PackedRows(
+            shards,
+            seq_len=config.data.seq_len,
+            batch_rows=train.batch_rows,
+            micro_rows=train.micro_rows,
+            seed=train.seed,
+        )
+        torch.manual_seed(train.seed)
+        model = build_model(found or Path(config.model), DTYPES[train.dtype], train.seed)
+        for data in filter(None, (shards, heldout)):
+            if data.vocab_size > model.config.vocab_size:
+                raise ConfigError(
+                    f"{config.data.shards}: the shards' vocabulary has {data.vocab_size} tokens, "
+                    f"the model's {model.config.vocab_size} (vocab_size in {config.model}/config.json)"
+                )
+        run = cls(config, model, heldout, rows)
+        if saved:
+            run._restore(saved)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out is {config.out!r}: {error.strerror}") from None
+        checkpoint.clean(out)
+        checkpoint.cut_log(out / "log.jsonl", run.step)
+        return run
+
+    def next_batch(self) -> list[PackedBatch]:
+        """The micro-batches of the next optimizer step."""
+        return self.rows.next_step()
+
+    def save(self) -> None:
+        """Writes a checkpoint unless the newest is of this step. Raises CheckpointError."""
+        from glmx.models.checkpoint import save
+
+        if self.saved and self.saved.name == checkpoint.step_name(self.step):
+            return
+        tensors = self.optim.state_dict()
+        tensors |= {f"router_bias.{index}": bias for index, bias in enumerate(self.biases)}
+        tensors["rng.torch"] = torch.get_rng_state()
+        state = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "updates": self.optim.updates,
+            "cursor": self.rows.state_dict(),
+            "config": as_dict(self.config),
+            "fingerprint": fingerprint(self.config),
+        }
+        self.saved = checkpoint.write(
+            self.out,
+            self.step,
+            save_model=lambda path: save(self.model, path, tokenizer_files_from=self.tokenizer_dir),
+            tensors=tensors,
+            state=state,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _restore(self, saved: checkpoint.Saved) -> None:
+        tensors, state = dict(saved.tensors), saved.state
+        try:
+            torch.set_rng_state(tensors.pop("rng.torch"))
+            for index, bias in enumerate(self.biases):
+                bias.copy_(tensors.pop(f"router_bias.{index}"))
+            self.optim.load_state_dict(tensors, state["updates"])
+            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+            cursor = state["cursor"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{saved.path} does not fit {self.config.model}: {error}") from error
+        self.rows.load_state_dict(cursor)
+        self.saved = saved.path
+
+    def heldout_record(self) -> dict[str, Any] | None:
+        """Measures the held-out shards; None without them. heldout_bpb is null without a tokenizer."""
+        from glmx.data.packing import HeldoutRows
+
+        if self.heldout is None:
+            return None
+        seq_len, limit = self.config.data.seq_len, self.config.eval.tokens
+        batches = HeldoutRows(
+            self.heldout,
+            seq_len=seq_len,
+            batch_tokens=self.config.train.micro_rows * seq_len,
+            context=int(seq_len * HELDOUT_CONTEXT),
+        )
+        lengths = self._byte_lengths()
+        nats, targets, size = [], 0, 0
+        self.model.eval()
+        for micro in batches:
+            nats.append(heldout_nats(self.model, micro))
+            scored = micro.targets[micro.targets >= 0]
+            targets += scored.numel()
+            if lengths is not None:
+                size += int(lengths[scored].sum())
+            if limit and targets >= limit:
+                break
+        self.model.train()
+        total = math.fsum(nats)
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "heldout_loss": total / max(targets, 1),
+            "heldout_bpb": total / math.log(2) / size if size else None,
+        }
+
+    def _byte_lengths(self) -> torch.Tensor | None:
+        if self.tokenizer_dir is None:
+            return None
+        from glmx.data.tokenizer import Tokenizer
+
+        tokenizer: Tokenizer = Tokenizer.from_dir(self.tokenizer_dir)
+        assert self.heldout is not None
+        if self.heldout.tokenizer_sha256 and tokenizer.sha256 != self.heldout.tokenizer_sha256:
+            raise ConfigError(
+                f"{self.tokenizer_dir}/tokenizer.json is not the tokenizer that {self.config.data.shards} was made with"
+            )
+        return torch.from_numpy(tokenizer.byte_lengths).long()
+
+    def open_log(self, on_record: Callable[[dict[str, Any]], None] | None = None) -> Log:
+        return Log(self.out / "log.jsonl", on_record)
+
+
+class Log:
+    """log.jsonl, one record per line, handed to `on_record` too; a context manager."""
+
+    def __init__(self, path: Path, on_record: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path, self.on_record = path, on_record
+
+    def __enter__(self) -> Log:
+        self.file: IO[str] = open(self.path, "a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()  # so that `tail -f` shows it; sync() makes it last
+        if self.on_record:
+            self.on_record(record)
+
+    def sync(self) -> None:
+        """On disk before a checkpoint is: a resumed run finds every record up to its step."""
+        os.fsync(self.file.fileno())
+
+
+def build_model(path: Path, dtype: torch.dtype, seed: int) -> Decoder:
+    """`path` with weights: loads them. With config.json alone: fresh ones from initializer_range and seed."""
+    from glmx.models.checkpoint import load
+    from glmx.models.config import ModelConfig
+    from glmx.models.decoder import Decoder
+
+    if any(path.glob("*.safetensors")):
+        return load(path, dtype=dtype)
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model is {str(path)!r}: no config.json there; expected a Hugging Face directory")
+    config = dataclasses.replace(ModelConfig.from_dir(path), dtype=str(dtype).removeprefix("torch."))
+    model = Decoder(config, dtype, "cpu")
+    model.init_weights(seed)
+    return model
+
+
+def _tokenizer_dir(config: PretrainConfig) -> Path | None:
+    """Where tokenizer.json is: beside the shards, or in the model's directory."""
+    return next((d for d in map(Path, (config.data.shards, config.model)) if (d / "tokenizer.json").is_file()), None)
