@@ -1,0 +1,58 @@
+"""Batch: which rows of a flat forward belong to which sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Flat sequences: rows [cu_seqlens_q[i], cu_seqlens_q[i+1]) are the new tokens of sequence i, in order.
+
+    cu_seqlens_q  [S+1], starts at 0, ascending; its last entry is the number of rows.
+    seq_lens      [S] total lengths, cached tokens included; None: nothing is cached (training).
+    seq_ids       [S] the sequences' slots in a ModelState; None without one. No slot occurs twice.
+    """
+
+    cu_seqlens_q: Sequence[int]
+    seq_lens: Sequence[int] | None = None
+    seq_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        cu = list(self.cu_seqlens_q)
+        if not cu or cu[0] != 0 or any(a > b for a, b in pairwise(cu)):
+            raise ValueError(f"cu_seqlens_q must start at 0 and ascend: got {cu}")
+        for name in ("seq_lens", "seq_ids"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(cu) - 1:
+                raise ValueError(f"expected len({name}) == {len(cu) - 1} sequences: got {len(values)}")
+        if self.seq_ids is not None and len(set(self.seq_ids)) != len(self.seq_ids):
+            raise ValueError(f"seq_ids name a slot twice: {list(self.seq_ids)}")
+        if self.seq_lens is not None and any(s < q for s, q in zip(self.seq_lens, self.q_lens, strict=True)):
+            raise ValueError(f"seq_lens {list(self.seq_lens)} below the query lengths {self.q_lens}")
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int]) -> Batch:
+        """Sequences of the given lengths, one behind the other, nothing cached."""
+        cu = [0]
+        for length in lengths:
+            cu.append(cu[-1] + length)
+        return cls(cu)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cu_seqlens_q[-1]
+
+    @property
+    def q_lens(self) -> list[int]:
+        """Number of new tokens per sequence."""
+        return [b - a for a, b in pairwise(self.cu_seqlens_q)]
+
+    @property
+    def cached_lens(self) -> list[int]:
+        """Number of cached tokens per sequence."""
+        if self.seq_lens is None:
+            return [0] * (len(self.cu_seqlens_q) - 1)
+        return [s - q for s, q in zip(self.seq_lens, self.q_lens, strict=True)]
