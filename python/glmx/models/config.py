@@ -121,27 +121,21 @@ class ModelConfig:
             raise UnsupportedError(f"model_type {model_type!r} is not supported, only {MODEL_TYPE!r} is")
         for key, allowed in _FIXED.items():
             if key in raw and raw[key] not in allowed:
-                raise UnsupportedError(
-                    f"config.json: {key} = {raw[key]!r} is not supported, only {allowed[0]!r}"
-                )
+                raise UnsupportedError(f"config.json: {key} = {raw[key]!r} is not supported, only {allowed[0]!r}")
         if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
             raise UnsupportedError("config.json: layer_types other than 'full_attention' are not supported")
 
         values = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
         values.update(_rope(raw))
         values["dtype"] = _dtype(raw)
-        mtp_layers = {
-            raw[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(key) is not None
-        }
+        mtp_layers = {raw[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(key) is not None}
         if len(mtp_layers) > 1:
             raise CheckpointError(f"num_nextn_predict_layers and num_mtp_layers differ: {sorted(mtp_layers)}")
         if mtp_layers:
             values["num_nextn_predict_layers"] = mtp_layers.pop()
         for name, value in values.items():
             values[name] = _typed(name, value)
-        missing = [
-            field.name for field in fields(cls) if field.name in _REQUIRED and field.name not in values
-        ]
+        missing = [field.name for field in fields(cls) if field.name in _REQUIRED and field.name not in values]
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}")
         return cls(**values)
@@ -181,16 +175,12 @@ class ModelConfig:
         _divides(self, "num_attention_heads", "num_key_value_heads")
         _divides(self, "n_routed_experts", "n_group")
         if self.first_k_dense_replace < 0:
-            raise CheckpointError(
-                f"config: first_k_dense_replace = {self.first_k_dense_replace}, expected >= 0"
-            )
+            raise CheckpointError(f"config: first_k_dense_replace = {self.first_k_dense_replace}, expected >= 0")
         if self.topk_group > self.n_group:
             raise CheckpointError(f"config: topk_group = {self.topk_group} exceeds n_group = {self.n_group}")
         group = self.n_routed_experts // self.n_group
         if self.n_group > 1 and group < 2:
-            raise CheckpointError(
-                f"config: n_group = {self.n_group} leaves {group} expert per group, 2 are needed"
-            )
+            raise CheckpointError(f"config: n_group = {self.n_group} leaves {group} expert per group, 2 are needed")
         if self.num_experts_per_tok > group * self.topk_group:
             raise CheckpointError(
                 f"config: num_experts_per_tok = {self.num_experts_per_tok} exceeds the "

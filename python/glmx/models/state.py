@@ -99,9 +99,7 @@ class ModelState:
             if cached != lengths[seq]:
                 raise ValueError(f"sequence {seq} holds {lengths[seq]} tokens, the batch says {cached}")
             if total > self.max_tokens:
-                raise ValueError(
-                    f"sequence {seq} would have {total} tokens, the state holds {self.max_tokens}"
-                )
+                raise ValueError(f"sequence {seq} would have {total} tokens, the state holds {self.max_tokens}")
         for seq in batch.seq_ids:
             self._taken[seq] = True
 

@@ -1,0 +1,344 @@
+"""Hugging Face checkpoint directories in and out: `load` (also `glmx.load`) and `save`.
+
+On disk experts are separate 2-D tensors and the MTP layer is layer N; in memory gate, up and the experts are
+fused. `_sources` is the one place that knows both spellings. Tensors are read and written one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from glmx.errors import CheckpointError, UnsupportedError
+from glmx.models.config import ModelConfig
+from glmx.models.decoder import Decoder
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+_READABLE = ("BF16", "F32", "F16")
+_SHARD_BYTES = 5 * 2**30
+
+
+class _Source(NamedTuple):
+    """A tensor of the checkpoint and the part of the model that holds it."""
+
+    key: str
+    view: torch.Tensor
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint directory that MODEL names: itself, or the newest step of a training run's directory.
+
+    Raises CheckpointError, for what looks like a Hub id with the command that downloads it.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        latest = directory / "latest"
+        if latest.is_file() and not (directory / "config.json").exists():
+            return directory / latest.read_text(encoding="utf-8").strip()
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"'{path}' is a file, expected a checkpoint directory")
+    name = str(path)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        local = name.split("/")[1]
+        raise CheckpointError(
+            f"no directory '{name}'; if it is a Hub id, download it first: hf download {name} --local-dir {local}"
+        )
+    raise CheckpointError(f"no directory '{name}'")
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> Decoder:
+    """Loads a Hugging Face directory into a Decoder in eval mode.
+
+    device  "auto" and "cpu"; this build computes nowhere else
+    dtype   "auto" (the config's), "bf16", "fp32" or a torch.dtype
+    A router stored in fp32 beside bf16 weights stays fp32, as do the correction biases. Without tensors of
+    the MTP layer the model has none. Raises CheckpointError naming every missing, unknown or misshapen tensor
+    and UnsupportedError for a model that glmx does not compute.
+    """
+    directory = resolve(path)
+    config = ModelConfig.from_dir(directory)
+    compute = _compute_dtype(config, dtype)
+    files = _Files(directory)
+    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
+    if config.num_nextn_predict_layers and not any(key.startswith(mtp_prefix) for key in files.keys):
+        config = replace(config, num_nextn_predict_layers=0)
+    model = Decoder(config, compute, _device(device))
+    _keep_fp32_routers(model, files)
+
+    sources = _expected(model, files.keys)
+    copies = _copies(model)
+    missing = sorted(sources.keys() - files.keys)
+    unknown = sorted(files.keys - sources.keys() - copies.keys())
+    for what, keys in (("lacks", missing), ("has unknown", unknown)):
+        if keys:
+            raise CheckpointError(f"'{directory}' {what} {_listed(keys)}")
+    for key, (stored, shape) in files.headers.items():
+        wanted = list((sources[key].view if key in sources else copies[key]).shape)
+        if shape != wanted:
+            raise CheckpointError(f"tensor {key} has shape {shape}, the config expects {wanted}")
+        if stored not in _READABLE:
+            raise UnsupportedError(f"tensor {key} is {stored}, only {', '.join(_READABLE)} are supported")
+    with torch.no_grad():
+        for key, tensor in files.tensors():
+            if key in sources:
+                sources[key].view.copy_(tensor)
+    # Copies are compared last, when what they copy has been read.
+    for key in sorted(copies.keys() & files.keys):
+        if not torch.equal(files.tensor(key).to(copies[key]), copies[key]):
+            raise UnsupportedError(f"tensor {key} differs from the tensor it copies; glmx ties them")
+    return model.eval()
+
+
+def save(
+    model: Decoder,
+    path: str | Path,
+    tokenizer_files_from: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = _SHARD_BYTES,
+) -> Path:
+    """Writes what `load` and transformers read: safetensors, config.json, generation_config.json.
+
+    Tensors keep the model's dtypes. Everything is written and synced under a temporary name beside `path`,
+    then renamed, so `path` is complete or absent. Tokenizer files are copied from `tokenizer_files_from`.
+    Raises CheckpointError when `path` exists and is not empty, unless `overwrite`.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"'{target}' exists; choose another name or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        _write_tensors(model, temporary, max_shard_bytes)
+        _write_json(temporary / "config.json", {**model.config.to_dict(), "dtype": _dtype_name(model.dtype)})
+        _write_json(temporary / "generation_config.json", _generation_config(model.config))
+        for name in TOKENIZER_FILES if tokenizer_files_from is not None else ():
+            file = Path(tokenizer_files_from or "") / name
+            if file.exists():
+                shutil.copyfile(file, temporary / name)
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if overwrite and target.exists():
+            old = target.with_name(f".old-{target.name}-{os.getpid()}")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+# The two spellings.
+def _sources(name: str, tensor: torch.Tensor, fused_experts: bool = False) -> Iterator[_Source]:
+    """The checkpoint's tensors that make up the model's tensor `name`, in their order on disk."""
+    if ".experts." in name and not fused_experts:
+        prefix, part = name.rsplit(".", 1)
+        for e, expert in enumerate(tensor):
+            if part == "gate_up_proj":
+                gate, up = expert.chunk(2)
+                yield _Source(f"{prefix}.{e}.gate_proj.weight", gate)
+                yield _Source(f"{prefix}.{e}.up_proj.weight", up)
+            else:
+                yield _Source(f"{prefix}.{e}.{part}.weight", expert)
+    elif name.endswith(".gate_up_proj.weight"):
+        gate, up = tensor.chunk(2)
+        yield _Source(name.replace("gate_up_proj", "gate_proj"), gate)
+        yield _Source(name.replace("gate_up_proj", "up_proj"), up)
+    else:
+        yield _Source(name, tensor)
+
+
+def _named_tensors(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            yield name, tensor
+
+
+def _expected(model: Decoder, keys: set[str]) -> dict[str, _Source]:
+    """Checkpoint key -> where it goes; experts in the spelling that the checkpoint uses."""
+    out = {}
+    for name, tensor in _named_tensors(model):
+        for source in _sources(name, tensor, fused_experts=name in keys):
+            out[source.key] = source
+    return out
+
+
+def _copies(model: Decoder) -> dict[str, torch.Tensor]:
+    """Optional tensors, each with the one it repeats: released checkpoints differ in which they carry."""
+    embed, head = model.model.embed_tokens.weight, model.lm_head.weight
+    out = {"lm_head.weight": head} if model.config.tie_word_embeddings else {}
+    if model.config.num_nextn_predict_layers:
+        prefix = f"model.layers.{model.config.num_hidden_layers}"
+        out[f"{prefix}.embed_tokens.weight"] = embed
+        out[f"{prefix}.shared_head.head.weight"] = head
+    return {key: tensor.detach() for key, tensor in out.items()}
+
+
+# Reading.
+class _Files:
+    """The safetensors files of a directory as one mapping.
+
+    `keys` are all tensor names, `headers` their (dtype as safetensors names it, shape); reading them reads no
+    tensor.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.headers: dict[str, tuple[str, list[int]]] = {}
+        self._file_of: dict[str, Path] = {}
+        index = directory / INDEX
+        if index.exists():
+            expected = _read_index(index)
+            for file in sorted(set(expected.values())):
+                self._add(file)
+            wrong = sorted(key for key, _ in expected.items() ^ self._file_of.items())
+            if wrong:
+                listed = _listed(sorted(set(wrong)))
+                raise CheckpointError(f"{INDEX} and the files in '{directory}' disagree on {listed}")
+        elif (directory / SINGLE).exists():
+            self._add(directory / SINGLE)
+        else:
+            raise CheckpointError(f"no {SINGLE} or {INDEX} in '{directory}'")
+        self.keys = set(self._file_of)
+
+    def _add(self, file: Path) -> None:
+        with self._open(file) as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                header = opened.get_slice(key)
+                self.headers[key] = (header.get_dtype(), list(header.get_shape()))
+                self._file_of[key] = file
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"'{file}' is not a safetensors file: {error}") from None
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, one at a time, file by file."""
+        for file in sorted(set(self._file_of.values())):
+            with self._open(file) as opened:
+                for key in opened.keys():  # noqa: SIM118 - not a dict
+                    yield key, opened.get_tensor(key)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        with self._open(self._file_of[key]) as opened:
+            return opened.get_tensor(key)
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """Tensor name -> file, as the index says; every file exists."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        file_of = {key: index.parent / name for key, name in names.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"'{index}' is not an index of safetensors files: {error!r}") from None
+    absent = sorted({file.name for file in file_of.values() if not file.exists()})
+    if absent:
+        raise CheckpointError(f"'{index.parent}' lacks {_listed(absent)}, named in {INDEX}")
+    return file_of
+
+
+def _keep_fp32_routers(model: Decoder, files: _Files) -> None:
+    """A checkpoint in bf16 that stores a router's matrix in fp32 means it to be computed in fp32."""
+    if model.dtype == torch.float32 or model.config.dtype == "float32":
+        return
+    for name, module in model.named_modules():
+        key = f"{name}.weight"
+        if name.endswith(".mlp.gate") and key in files.keys and files.headers[key][0] == "F32":
+            module.weight.data = module.weight.data.float()
+
+
+def _compute_dtype(config: ModelConfig, dtype: str | torch.dtype) -> torch.dtype:
+    chosen = _DTYPES.get(config.dtype if dtype == "auto" else dtype, dtype) if isinstance(dtype, str) else dtype
+    if chosen not in _DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}, expected auto, bf16, fp32 or torch.bfloat16, torch.float32")
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if str(device) not in ("auto", "cpu"):
+        raise UnsupportedError(f"device {str(device)!r} is not supported: this build of glmx computes on cpu only")
+    return torch.device("cpu")
+
+
+# Writing.
+def _write_tensors(model: Decoder, directory: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size, total = 0, 0
+    for name, tensor in _named_tensors(model):
+        for key, view in _sources(name, tensor.detach()):
+            if shards[-1] and size + view.nbytes > max_shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][key] = view
+            size += view.nbytes
+            total += view.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _generation_config(config: ModelConfig) -> dict[str, Any]:
+    ids = {"eos_token_id": list(config.eos_token_ids) or None, "pad_token_id": config.pad_token_id}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

@@ -1,0 +1,88 @@
+"""The MTP layer in plain torch, written from the paper and the checkpoint's conventions, sharing no code with
+glmx: the test's independent opinion. One sequence at a time, fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from glmx.models.config import ModelConfig
+
+
+def _norm(x, weight, eps):
+    return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _rotate(x, positions, config):  # x [T, A, d]
+    r = int(config.head_dim * config.partial_rotary_factor)
+    frequencies = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)
+    angle = (positions[:, None].double() * frequencies)[:, None]  # [T, 1, r/2]
+    first, second, rest = x[..., : r // 2], x[..., r // 2 : r], x[..., r:]
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def _swiglu(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def _attention(x, w, positions, config):
+    T, A, G, d = len(x), config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q, k, v = (F.linear(x, w[f"self_attn.{p}_proj.weight"], w.get(f"self_attn.{p}_proj.bias")) for p in "qkv")
+    q, k, v = q.view(T, A, d), k.view(T, G, d), v.view(T, G, d)
+    if config.use_qk_norm:
+        q = _norm(q, w["self_attn.q_norm.weight"], config.rms_norm_eps)
+        k = _norm(k, w["self_attn.k_norm.weight"], config.rms_norm_eps)
+    q, k = _rotate(q, positions, config), _rotate(k, positions, config)
+    heads = []
+    for a in range(A):
+        g = a // (A // G)
+        scores = (q[:, a] @ k[:, g].T) / d**0.5
+        scores = scores.masked_fill(torch.triu(torch.ones(T, T, dtype=torch.bool), 1), float("-inf"))
+        heads.append(scores.softmax(-1) @ v[:, g])
+    return F.linear(torch.cat(heads, -1), w["self_attn.o_proj.weight"])
+
+
+def _moe(x, w, config):
+    scores = F.linear(x, w["mlp.gate.weight"]).sigmoid()
+    biased = scores + w["mlp.gate.e_score_correction_bias"]
+    rows = []
+    for t in range(len(x)):
+        groups = biased[t].view(config.n_group, -1)
+        best = groups.sort(descending=True).values[:, :2].sum(-1)
+        outside = best.sort(descending=True, stable=True).indices[config.topk_group :]
+        masked = groups.clone()
+        masked[outside] = float("-inf")
+        chosen = masked.flatten().sort(descending=True, stable=True).indices[: config.num_experts_per_tok]
+        weights = scores[t, chosen]
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum() + 1e-20)
+        weights = weights * config.routed_scaling_factor
+        y = 0
+        for weight, e in zip(weights, chosen.tolist(), strict=True):
+            gate, up = w["mlp.experts.gate_up_proj"][e].chunk(2)
+            y = y + weight * _swiglu(x[t], gate, up, w["mlp.experts.down_proj"][e])
+        rows.append(y)
+    gate, up = w["mlp.shared_experts.gate_up_proj.weight"].chunk(2)
+    return torch.stack(rows) + _swiglu(x, gate, up, w["mlp.shared_experts.down_proj.weight"])
+
+
+def mtp_hidden(
+    weights: dict[str, torch.Tensor],
+    embed_tokens: torch.Tensor,
+    config: ModelConfig,
+    hidden: torch.Tensor,
+    next_ids: torch.Tensor,
+) -> torch.Tensor:
+    """hidden [T, H] after the final norm, next_ids [T] -> [T, H] after shared_head.norm.
+
+    `weights` are the MTP layer's tensors by their names behind `model.layers.N.`. Positions start at 0: with
+    RoPE only differences matter.
+    """
+    eps, positions = config.rms_norm_eps, torch.arange(len(hidden))
+    embedded = _norm(embed_tokens[next_ids], weights["enorm.weight"], eps)
+    x = F.linear(torch.cat([embedded, _norm(hidden, weights["hnorm.weight"], eps)], -1), weights["eh_proj.weight"])
+    x = x + _attention(_norm(x, weights["input_layernorm.weight"], eps), weights, positions, config)
+    x = x + _moe(_norm(x, weights["post_attention_layernorm.weight"], eps), weights, config)
+    return _norm(x, weights["shared_head.norm.weight"], eps)

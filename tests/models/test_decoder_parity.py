@@ -1,0 +1,74 @@
+"""The decoder against transformers 5.23.0 and the MTP layer against a plain-torch one, in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plain_mtp import mtp_hidden
+from tiny_glm import CASES, clear_cut, hf_routes, random_ids, random_model, tiny_config
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("start", [0, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_routes(case, start):
+    model, twin, ids = clear_cut(tiny_config(**CASES[case]), tokens=17, start=start)
+    model.train()
+    model.collect_scores = True
+    with torch.no_grad():
+        ours, theirs = model(ids).logits, twin(ids).logits
+    assert ours.dtype == torch.float32 and theirs.std() > 0.5
+    assert (ours - theirs).abs().max() <= 1e-4
+    routes, _ = hf_routes(twin, ids)
+    assert len(model.router_stats()) == len(routes) == 3 - model.config.first_k_dense_replace
+    for stats, theirs_TK in zip(model.router_stats(), routes, strict=True):
+        assert torch.equal(stats.topk_ids.long().sort(-1).values, theirs_TK.sort(-1).values)
+        counts = torch.bincount(theirs_TK.flatten(), minlength=model.config.n_routed_experts)
+        assert torch.equal(stats.expert_counts.long(), counts)
+
+
+@pytest.mark.parametrize("case", ["plain", "qk_norm_bias", "groups"])
+def test_greedy_ids(case):
+    model, twin, ids = clear_cut(tiny_config(**CASES[case]), tokens=5, start=3, rows=1)
+    theirs = twin.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, 5:].tolist()
+    state, ours, new = model.new_state(1, 64), [], ids
+    with torch.no_grad():
+        for _ in range(24):
+            ours.append(int(model(new, state=state, logits_to_keep=1).logits[0, 0].argmax()))
+            new = torch.tensor([ours[-1:]])
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mtp_logits(case):
+    config = tiny_config(**CASES[case])
+    model, twin, ids = clear_cut(config, tokens=13, start=0)
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    weights = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
+    with torch.no_grad():
+        hidden = twin.model(ids).last_hidden_state
+        ours = model(ids, mtp=True).mtp_logits
+        for b in range(len(ids)):
+            z = mtp_hidden(weights, twin.model.embed_tokens.weight, config, hidden[b, :-1], ids[b, 1:])
+            assert (ours[b, :-1] - twin.lm_head(z)).abs().max() <= 1e-4
+    assert not ours[:, -1].any()
+
+
+def test_a_second_mtp_step_recycles_the_normed_hidden():
+    config = tiny_config(use_qk_norm=True)
+    model = random_model(config, 5)
+    ids, T = random_ids(config, 1, 12)[0], 10
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    weights = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
+    from glmx.models.batch import Batch
+
+    positions, batch = torch.arange(T), Batch.from_lengths([T])
+    with torch.no_grad():
+        hidden = model.forward_tokens(ids[:T], positions, batch)
+        z1 = model.mtp_hidden(hidden, ids[1 : T + 1], positions, batch)
+        z2 = model.mtp_hidden(z1, ids[2 : T + 2], positions + 1, batch)
+        embed = model.model.embed_tokens.weight
+        expected = mtp_hidden(weights, embed, config, hidden, ids[1 : T + 1])
+        expected = mtp_hidden(weights, embed, config, expected, ids[2 : T + 2])
+    assert (z2 - expected).abs().max() <= 1e-4
