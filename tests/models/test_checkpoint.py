@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_glm import CASES, hf_twin, random_ids, random_model, tiny_config
 
 import glmx
 from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models import checkpoint
+from tiny_glm import CASES, hf_twin, random_ids, random_model, tiny_config
 
 
 def equal_models(a, b):
@@ -59,7 +59,7 @@ def test_transformers_loads_what_we_save(case, tmp_path):
     twin = transformers.Glm4MoeForCausalLM.from_pretrained(tmp_path / "ckpt", attn_implementation="eager")
     assert twin.dtype == torch.float32
     assert twin.generation_config.eos_token_id == [3, 5] and twin.generation_config.pad_token_id == 0
-    ours = {k: v for k, v in hf_twin(model).state_dict().items()}
+    ours = hf_twin(model).state_dict()
     theirs = twin.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     ids = random_ids(model.config, 2, 11)

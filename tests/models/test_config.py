@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_glm import CASES, random_model, tiny_config
 
 from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models.config import ModelConfig
+from tiny_glm import CASES, random_model, tiny_config
 
 RELEASED = {  # GLM-4.5's config.json (the fields that matter, and some that do not)
     "architectures": ["Glm4MoeForCausalLM"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from plain_mtp import mtp_hidden
+
 from tiny_glm import CASES, clear_cut, hf_routes, random_ids, random_model, tiny_config
 
 pytest.importorskip("transformers")
