@@ -1,0 +1,213 @@
+"""`make test`: every check of the project in order, ending with one closing line in pytest's form.
+
+    python tests/run.py [STAGE ...]        stages: lint, cpp, tests, isa, examples, bench, demo (default: all of them)
+
+lint      ruff, ruff format, clang-format, mypy
+cpp       the C++ tests, as built for users and under ASan + UBSan
+tests     pytest on two workers, under this machine's best instruction set
+isa       tests/ops and one model test again, under each lower instruction set that GLMX_ISA can pin
+examples  the scripts in examples/, as a user runs them
+bench     every benchmark once, on small shapes, for its results and not for its times
+demo      glmx demo --minutes 1
+
+A failing stage does not hide the ones after it. The exit status is 0 only when every stage passed.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+RESULTS = BUILD / "test-results"
+STRICT = os.environ.get("GLMX_STRICT") == "1"
+WORKERS = "2"
+
+
+@dataclass
+class Count:
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        parts = [(self.failed, "failed"), (self.passed, "passed"), (self.skipped, "skipped")]
+        return ", ".join(f"{n} {word}" for n, word in parts if n) or "0 passed"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def check(name: str, command: list[str], **kwargs) -> Count:
+    """One command that passes or fails as a whole."""
+    say(f"-- {name}")
+    try:
+        ok = subprocess.run(command, cwd=ROOT, **kwargs).returncode == 0
+    except FileNotFoundError:
+        say(f"{command[0]} is not installed: make dev")
+        ok = False
+    if not ok:
+        say(f"FAILED: {name}: {' '.join(command[:12])}")
+    return Count(passed=int(ok), failed=int(not ok))
+
+
+def pytest(name: str, *args: str, **environment: str) -> Count:
+    """A pytest run; its counts come from its JUnit report. A run that executes no test counts as failed."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    report = RESULTS / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", f"--junitxml={report}", "--durations=8", "-p", "no:cacheprovider", *args]
+    env = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
+    code = subprocess.run(command, cwd=ROOT, env=env).returncode
+    count = Count()
+    if report.exists():
+        for suite in ET.parse(report).getroot().iter("testsuite"):
+            number = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+            bad = number["failures"] + number["errors"]
+            count += Count(max(0, number["tests"] - bad - number["skipped"]), bad, number["skipped"])
+    if code != 0 and count.failed == 0:
+        say(f"FAILED: {name}: pytest ended with status {code}")
+        count.failed = 1
+    return count
+
+
+def tracked(*patterns: str) -> list[str]:
+    out = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
+    if out.returncode == 0:
+        names = out.stdout.split()
+    else:  # not a clone: an unpacked archive
+        names = [str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").rglob(pattern)]
+    return sorted(name for name in names if (ROOT / name).is_file())
+
+
+def lint() -> Count:
+    count = check("ruff check", ["ruff", "check", "."])
+    count += check("ruff format", ["ruff", "format", "--check", "."])
+    count += check("clang-format", ["clang-format", "--dry-run", "-Werror", *tracked("*.cpp", "*.h")])
+    bodies = Count()
+    for name in tracked("*.inl"):  # clang-format goes by the ending, and does not know this one
+        command = ["clang-format", "--dry-run", "-Werror", f"--assume-filename={name}.h"]
+        bodies += check(f"clang-format {name}", command, stdin=(ROOT / name).open())
+    count += Count(passed=int(not bodies.failed), failed=bodies.failed)
+    return count + check("mypy", ["mypy"])
+
+
+def cpp() -> Count:
+    if not (ROOT / "tests/cpp/CMakeLists.txt").exists():
+        say("no C++ tests yet")
+        return Count(skipped=1)
+    total = Count()
+    for variant, options in (("plain", []), ("sanitize", ["-DGLMX_SANITIZE=ON"])):
+        where = BUILD / f"cpp-{variant}"
+        configure = ["cmake", "-S", str(ROOT), "-B", str(where), "-DGLMX_PYTHON=OFF", "-DGLMX_TESTS=ON", *options]
+        if shutil.which("ninja"):
+            configure.append("-GNinja")
+        quiet = {"stdout": subprocess.DEVNULL}
+        built = check(f"configure {variant}", configure, **quiet)
+        if not built.failed:
+            built = check(f"build {variant}", ["cmake", "--build", str(where), "-j", str(os.cpu_count() or 1)], **quiet)
+        if built.failed:
+            total += built
+            continue
+        report = RESULTS / f"ctest-{variant}.xml"
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        command = ["ctest", "--test-dir", str(where), "--output-on-failure", "--no-tests=error"]
+        ran = check(f"ctest {variant}", [*command, "--output-junit", str(report)])
+        suite = ET.parse(report).getroot()
+        failed = int(suite.get("failures", 0))
+        skipped = int(suite.get("skipped", 0)) + int(suite.get("disabled", 0))
+        total += Count(int(suite.get("tests", 0)) - failed - skipped, failed or ran.failed, skipped)
+    return total
+
+
+def tests() -> Count:
+    return pytest("tests", "-n", WORKERS, "--dist=worksteal", "--ignore=tests/test_examples.py", "tests")
+
+
+def isa() -> Count:
+    """The whole suite has run under the best level; the lower ones run what depends on the kernels."""
+    from glmx import _native
+
+    # tests/build holds the tables of every level, so that the levels which this machine lacks are checked too.
+    chosen = [
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests/ops", ROOT / "tests/models/test_isa.py") if path.exists()
+    ]
+    if not chosen:
+        return Count(skipped=1)
+    total = Count()
+    for level in _native.supported_isas():
+        if level == _native.active_isa():
+            continue
+        say(f"-- GLMX_ISA={level}")
+        total += pytest(f"isa-{level}", "-n", WORKERS, "-m", "not slow", *chosen, GLMX_ISA=level)
+    return total
+
+
+def examples() -> Count:
+    if not (ROOT / "tests/test_examples.py").exists():
+        return Count(skipped=1)
+    return pytest("examples", "tests/test_examples.py", OMP_NUM_THREADS="2")
+
+
+def bench() -> Count:
+    if not list((ROOT / "bench").rglob("bench_*.py")):
+        say("no benchmarks yet")
+        return Count(skipped=1)
+    return pytest("bench", "bench", "--benchmark-disable", OMP_NUM_THREADS="2")
+
+
+def demo() -> Count:
+    from glmx.cli.main import COMMANDS
+
+    if "demo" not in COMMANDS or not (ROOT / "python/glmx/cli/demo.py").exists():
+        say("glmx demo has not landed yet")
+        return Count(skipped=1)
+    out = BUILD / "test-demo"
+    shutil.rmtree(out, ignore_errors=True)
+    return check("glmx demo", [sys.executable, "-m", "glmx", "demo", "--minutes", "1", "--out", str(out)])
+
+
+STAGES: dict[str, Callable[[], Count]] = {f.__name__: f for f in (lint, cpp, tests, isa, examples, bench, demo)}
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        say(f"unknown stage {unknown[0]!r}; expected some of {', '.join(STAGES)}")
+        return 2
+    os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    sys.path.insert(0, str(ROOT / "python"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
+    start, total, rows = time.monotonic(), Count(), []
+    for name in names or STAGES:
+        say(f"\n== {name}")
+        began = time.monotonic()
+        try:
+            count = STAGES[name]()
+        except Exception as error:  # a stage that breaks is a failed stage; the others still run
+            say(f"FAILED: {name}: {type(error).__name__}: {error}")
+            count = Count(failed=1)
+        rows.append(f"{name:9} {time.monotonic() - began:7.1f} s   {count}")
+        total += count
+    say("\n== stages\n" + "\n".join(rows))
+    failed = [row.split()[0] for row in rows if " failed" in row]
+    if failed:
+        say(f"FAILED stages: {', '.join(failed)}")
+    say(f"==== {total} in {time.monotonic() - start:.2f}s ====")
+    return 1 if total.failed or not total.passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
