@@ -2,13 +2,16 @@
 #pragma once
 #include "glmx/ops.h"
 
-#define GLMX_VECTOR_KERNELS              \
-  void rms_norm(const RmsNormParams& p); \
+#define GLMX_VECTOR_KERNELS                                     \
+  void moe_combine(const MoeCombineParams& p);                  \
+  void moe_combine_backward(const MoeCombineBackwardParams& p); \
+  void rms_norm(const RmsNormParams& p);                        \
   void rms_norm_backward(const RmsNormBackwardParams& p);
 
 namespace glmx::cpu::base {
 GLMX_VECTOR_KERNELS
-}
+int64_t expert_plan(const ExpertPlanParams& p);  // scalar; the index of the first bad id, or -1
+}  // namespace glmx::cpu::base
 namespace glmx::cpu::avx2 {
 GLMX_VECTOR_KERNELS
 }

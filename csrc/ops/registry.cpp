@@ -12,6 +12,8 @@ Isa chosen_isa(const OpInfo& info, Isa level) {
 
 const std::vector<OpInfo>& op_table() {
   static const std::vector<OpInfo> table = {
+      expert_plan_info(),
+      moe_combine_info(),
       rms_norm_info(),
   };
   return table;

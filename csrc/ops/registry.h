@@ -3,5 +3,7 @@
 #include "core/dispatch.h"
 
 namespace glmx {
+OpInfo expert_plan_info();
+OpInfo moe_combine_info();
 OpInfo rms_norm_info();
 }  // namespace glmx

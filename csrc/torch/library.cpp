@@ -7,7 +7,10 @@
 namespace glmx::bind {
 
 Tensor workspace(const Tensor& like, DType dtype, int64_t elements) {
-  const ScalarType type = dtype == DType::f64 ? ScalarType::Double : dtype == DType::f32 ? ScalarType::Float : ScalarType::Byte;
+  const ScalarType type = dtype == DType::f64   ? ScalarType::Double
+                          : dtype == DType::f32 ? ScalarType::Float
+                          : dtype == DType::i32 ? ScalarType::Int
+                                                : ScalarType::Byte;
   return torch::stable::new_empty(like, {elements}, type);
 }
 

@@ -58,7 +58,7 @@ struct ExpertPlanParams {
   int32_t* expert_offsets;  // [E + 1]: rows of expert e are [offsets[e], offsets[e+1])
   int32_t* row_token;       // [T * K]: the token of each row; -1 past offsets[E]
   int32_t* inverse;         // [T, K]: the row of each pair; -1 where skipped
-  int64_t T, K, E;          // T * K < 2^31
+  int64_t T, K, E;          // T * K < 2^31 - 1
 };
 void expert_plan(const ExpertPlanParams& p);
 
@@ -121,10 +121,11 @@ void moe_combine(const MoeCombineParams& p);
 struct MoeCombineBackwardParams {
   const void* d_out;          // [T, H] dtype
   const void* rows;           // [R, H] dtype
-  const float* topk_weights;  // [T, K]
-  const int32_t* inverse;     // [T, K]
+  const float* topk_weights;  // [T, K], or null
+  const int32_t* inverse;     // [T, K]: each row at most once (else an error)
   void* d_rows;               // [R, H] dtype; rows that no pair names are zeros
-  float* d_topk_weights;      // [T, K]: dot(d_out[t], rows[inverse[t, k]]), lanes as in "row sums"; 0 where inverse is -1
+  float* d_topk_weights;      // [T, K], or null: dot(d_out[t], rows[inverse[t, k]]), lanes as in "row sums"; 0 where inverse is -1
+  int32_t* pair_of_row;       // workspace [R]
   int64_t T, K, R, H;
   DType dtype;
 };
