@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from glmx.data import corpus, tokenizer
 from glmx.data.corpus import Corpus
 from glmx.data.tokenizer import Tokenizer

@@ -4,6 +4,7 @@ import py_compile
 from pathlib import Path
 
 import pytest
+
 from glmx.data import corpus
 from glmx.errors import ConfigError
 

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from glmx.data.packing import HeldoutRows, PackedRows
 from glmx.data.shards import ShardWriter, TokenShards
 from glmx.errors import CheckpointError, ConfigError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def make_shards(folder, lengths, **options) -> TokenShards:

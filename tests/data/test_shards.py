@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from glmx.data.shards import HEADER_BYTES, MAGIC, ShardWriter, TokenShards, write_documents
-from glmx.errors import CheckpointError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from glmx.data.shards import HEADER_BYTES, MAGIC, ShardWriter, TokenShards, write_documents
+from glmx.errors import CheckpointError
 
 DOCS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [99_999 % 60_000, 0], [11] * 7]
 

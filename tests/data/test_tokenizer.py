@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from glmx.data import tokenizer
 from glmx.data.tokenizer import SPECIAL_TOKENS, TAG_TOKENS, Tokenizer
 from glmx.errors import CheckpointError, ConfigError, UnsupportedError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 utf8 = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
     st.sampled_from([*SPECIAL_TOKENS, *TAG_TOKENS, " ", "\n", "\r\n", "\t", "é", "𝄞", "12345", "def "])
@@ -81,11 +82,7 @@ def test_text_cannot_smuggle_special_tokens(tok):
     plain = tok.encode("<|endoftext|><|user|>", allow_special=False)
     assert not tok.special_ids & set(plain)
     document = tok.encode_document("a<|endoftext|>b")
-    assert (
-        document.count(tok.eos_id) == 1
-        and document[-1] == tok.eos_id
-        and document[:2] == list(tok.prefix_ids)
-    )
+    assert document.count(tok.eos_id) == 1 and document[-1] == tok.eos_id and document[:2] == list(tok.prefix_ids)
     assert list(tok.encode_documents(["a<|endoftext|>b", "c"], batch=1)) == [
         document,
         tok.encode_document("c"),
@@ -118,11 +115,7 @@ def test_saved_directory_reads_back(tok, tmp_path, stdlib):
     back = Tokenizer.from_dir(tmp_path)
     text = stdlib.heldout[1].text
     assert back.encode(text) == tok.encode(text)
-    assert (
-        back.sha256 == tok.sha256
-        and back.chat_template == tok.chat_template
-        and back.vocab_size == tok.vocab_size
-    )
+    assert back.sha256 == tok.sha256 and back.chat_template == tok.chat_template and back.vocab_size == tok.vocab_size
     assert back.eos_ids == (tok.eos_id, 5)
 
 
@@ -144,14 +137,10 @@ def test_transformers_agrees(tok, tmp_path, stdlib):
     for options in ({}, {"enable_thinking": False}, {"tools": TOOLS}):
         for generate in (False, True):
             mine = tok.apply_chat_template(CHAT, add_generation_prompt=generate, **options)
-            assert mine == theirs.apply_chat_template(
-                CHAT, tokenize=False, add_generation_prompt=generate, **options
-            )
+            assert mine == theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=generate, **options)
 
 
-TOOLS = [
-    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "city": "Zürich"}}}
-]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "city": "Zürich"}}}]
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},

@@ -84,8 +84,7 @@ class Corpus:
         share = 100 * self.heldout_bytes / self.bytes
         return "\n".join(
             (
-                f"corpus    {self.source}: {self.files} files, {self.bytes:,} bytes, "
-                f"sha256 {self.sha256[:16]}",
+                f"corpus    {self.source}: {self.files} files, {self.bytes:,} bytes, sha256 {self.sha256[:16]}",
                 f"held out  {len(self.heldout)} documents, {self.heldout_bytes:,} bytes ({share:.1f} %), "
                 f"{len(self.heldout_groups)} modules: {_shortened(self.heldout_groups)}",
                 f"left out  {self.duplicates} exact duplicates, {self.skipped_not_utf8} not UTF-8",
@@ -99,18 +98,14 @@ def standard_library(root: str | os.PathLike[str] | None = None, *, min_bytes: i
     Raises ConfigError below `min_bytes`: some distributions ship the library without its sources.
     """
     base = Path(root) if root is not None else Path(sysconfig.get_path("stdlib"))
-    return _build(
-        f"python standard library {_version_of(base)}".rstrip(), base, _stdlib_names(base), min_bytes
-    )
+    return _build(f"python standard library {_version_of(base)}".rstrip(), base, _stdlib_names(base), min_bytes)
 
 
 def directory(root: str | os.PathLike[str], *, min_bytes: int = MIN_BYTES) -> Corpus:
     """The `*.py` files below `root`; where there are none, every UTF-8 text. Raises ConfigError."""
     base = Path(root)
     if not base.is_dir():
-        raise ConfigError(
-            f"--corpus {base}: not a directory; give one that holds at least {min_bytes:,} bytes of text"
-        )
+        raise ConfigError(f"--corpus {base}: not a directory; give one that holds at least {min_bytes:,} bytes of text")
     names = sorted(_walk(base, lambda d: d not in _DIR_SKIP and not d.startswith("."), lambda n: True))
     python = [n for n in names if n.endswith(".py")]
     return _build(str(base.name or base), base, python or names, min_bytes)
@@ -118,11 +113,7 @@ def directory(root: str | os.PathLike[str], *, min_bytes: int = MIN_BYTES) -> Co
 
 def load(corpus_dir: str | os.PathLike[str] | None = None, *, min_bytes: int = MIN_BYTES) -> Corpus:
     """`directory(corpus_dir)` when it is given, else `standard_library()`."""
-    return (
-        standard_library(min_bytes=min_bytes)
-        if corpus_dir is None
-        else directory(corpus_dir, min_bytes=min_bytes)
-    )
+    return standard_library(min_bytes=min_bytes) if corpus_dir is None else directory(corpus_dir, min_bytes=min_bytes)
 
 
 def _version_of(base: Path) -> str:
@@ -211,9 +202,7 @@ def _split(documents: list[Document], total: int) -> tuple[list[Document], list[
         groups = _hold_out(documents, total, lambda name: name)
         level = depth
         if not groups:
-            raise ConfigError(
-                "the corpus cannot be divided: every held-out choice takes more than 8 % of its bytes"
-            )
+            raise ConfigError("the corpus cannot be divided: every held-out choice takes more than 8 % of its bytes")
 
     def is_out(name: str) -> bool:
         return name in groups or _top(name, level) in groups

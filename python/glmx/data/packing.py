@@ -104,8 +104,7 @@ class PackedRows:
             raise ConfigError(f"rank = {rank}: expected 0 <= rank < world_size = {world_size}")
         if batch_rows < 1 or micro_rows < 1 or batch_rows % (micro_rows * world_size):
             raise ConfigError(
-                f"batch_rows = {batch_rows} must be a multiple of "
-                f"micro_rows * world_size = {micro_rows} * {world_size}"
+                f"batch_rows = {batch_rows} must be a multiple of micro_rows * world_size = {micro_rows} * {world_size}"
             )
         if shards.num_tokens < 2 * seq_len:
             raise ConfigError(
@@ -154,9 +153,7 @@ class PackedRows:
         """Continue where `state` was taken. Raises CheckpointError when data, seed or row length differ."""
         for key, value in self._identity().items():
             if state.get(key) != value:
-                raise CheckpointError(
-                    f"data cursor: {key} was {state.get(key)!r} in the checkpoint, is {value!r} now"
-                )
+                raise CheckpointError(f"data cursor: {key} was {state.get(key)!r} in the checkpoint, is {value!r} now")
         if not 0 <= state["row"] <= self.rows_per_epoch:
             raise CheckpointError(f"data cursor: row {state['row']} of {self.rows_per_epoch}")
         if state["epoch"] != self.epoch:

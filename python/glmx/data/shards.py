@@ -198,11 +198,7 @@ class TokenShards:
             missing = [p.name for p in expected if p not in paths]
             raise CheckpointError(
                 f"{base}: incomplete token shards {name!r}: "
-                + (
-                    f"missing {', '.join(missing)}"
-                    if missing
-                    else f"files of several sets, of {totals} files each"
-                )
+                + (f"missing {', '.join(missing)}" if missing else f"files of several sets, of {totals} files each")
             )
         return cls(paths)
 
@@ -258,9 +254,7 @@ def _open_file(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
     starts = np.array(np.memmap(path, "<u8", "r", index_at, (documents + 1,))).astype(np.int64)
     if starts[0] != 0 or starts[-1] != count or (np.diff(starts) <= 0).any():
-        raise CheckpointError(
-            f"{path}: damaged token shard: its document index does not cover its {count} tokens"
-        )
+        raise CheckpointError(f"{path}: damaged token shard: its document index does not cover its {count} tokens")
     return header, tokens, starts
 
 

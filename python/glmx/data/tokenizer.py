@@ -66,9 +66,7 @@ def train(texts: Iterable[str], vocab_size: int, *, pattern: str = GLM_PATTERN) 
     """
     added = len(SPECIAL_TOKENS) + len(TAG_TOKENS)
     if vocab_size < 256 + added:
-        raise ConfigError(
-            f"vocab_size = {vocab_size}: at least {256 + added} (256 bytes and {added} special tokens)"
-        )
+        raise ConfigError(f"vocab_size = {vocab_size}: at least {256 + added} (256 bytes and {added} special tokens)")
     hf = tokenizers.Tokenizer(models.BPE(byte_fallback=False, fuse_unk=False))
     hf.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -97,9 +95,7 @@ def train(texts: Iterable[str], vocab_size: int, *, pattern: str = GLM_PATTERN) 
 
 def default_chat_template() -> str:
     """The chat template of GLM-4.5's form that a trained tokenizer is saved with."""
-    return (
-        resources.files("glmx.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
-    )
+    return resources.files("glmx.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
 class Tokenizer:
@@ -114,9 +110,7 @@ class Tokenizer:
         eos_ids: Sequence[int] | None = None,
     ) -> None:
         if json.loads(hf.to_str()).get("decoder", {}).get("type") != "ByteLevel":
-            raise UnsupportedError(
-                "tokenizer.json: only byte-level tokenizers (decoder ByteLevel) are supported"
-            )
+            raise UnsupportedError("tokenizer.json: only byte-level tokenizers (decoder ByteLevel) are supported")
         self.hf = hf
         # The same tokenizer, reading special tokens' names as ordinary text: for text nobody vouches for.
         self._plain = tokenizers.Tokenizer.from_str(hf.to_str())
@@ -280,9 +274,7 @@ class Tokenizer:
         UnsupportedError without a template, ValueError when the template refuses the messages.
         """
         if self.chat_template is None:
-            raise UnsupportedError(
-                "this checkpoint has no chat template (chat_template.jinja); give a plain prompt"
-            )
+            raise UnsupportedError("this checkpoint has no chat template (chat_template.jinja); give a plain prompt")
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
         import jinja2
