@@ -6,7 +6,10 @@
   void moe_combine(const MoeCombineParams& p);                  \
   void moe_combine_backward(const MoeCombineBackwardParams& p); \
   void rms_norm(const RmsNormParams& p);                        \
-  void rms_norm_backward(const RmsNormBackwardParams& p);
+  void rms_norm_backward(const RmsNormBackwardParams& p);       \
+  void add_rms_norm(const AddRmsNormParams& p);                 \
+  void silu_mul(const SiluMulParams& p);                        \
+  void silu_mul_backward(const SiluMulBackwardParams& p);
 
 namespace glmx::cpu::base {
 GLMX_VECTOR_KERNELS

@@ -15,6 +15,8 @@ const std::vector<OpInfo>& op_table() {
       expert_plan_info(),
       moe_combine_info(),
       rms_norm_info(),
+      add_rms_norm_info(),
+      silu_mul_info(),
   };
   return table;
 }

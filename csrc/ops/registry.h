@@ -6,4 +6,6 @@ namespace glmx {
 OpInfo expert_plan_info();
 OpInfo moe_combine_info();
 OpInfo rms_norm_info();
+OpInfo add_rms_norm_info();
+OpInfo silu_mul_info();
 }  // namespace glmx

@@ -13,12 +13,17 @@ inline __m256i first_lanes(int n) {  // all ones in lanes below n
 }
 
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline V16 load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n)), _mm256_maskload_ps(p + 8, first_lanes(n - 8))}; }
+// Masked stores are microcoded on some CPUs (AMD): full vectors, which most are, take the plain ones.
+inline V16 load_n(const float* p, int n) {
+  if (n >= 16) return load(p);
+  return {_mm256_maskload_ps(p, first_lanes(n)), _mm256_maskload_ps(p + 8, first_lanes(n - 8))};
+}
 inline void store(float* p, V16 a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
 }
 inline void store_n(float* p, V16 a, int n) {
+  if (n >= 16) return store(p, a);
   _mm256_maskstore_ps(p, first_lanes(n), a.lo);
   _mm256_maskstore_ps(p + 8, first_lanes(n - 8), a.hi);
 }
@@ -43,15 +48,17 @@ inline V16 load(const uint16_t* p) {
           widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
 inline V16 load_n(const uint16_t* p, int n) {  // there is no 16-bit mask load: the tail is copied, and computed by the same code
+  if (n >= 16) return load(p);
   alignas(32) uint16_t buffer[16] = {};
-  for (int i = 0; i < n && i < 16; ++i) buffer[i] = p[i];
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
   return load(buffer);
 }
 inline void store(uint16_t* p, V16 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
 inline void store_n(uint16_t* p, V16 a, int n) {
+  if (n >= 16) return store(p, a);
   alignas(32) uint16_t buffer[16];
   _mm256_store_si256(reinterpret_cast<__m256i*>(buffer), narrow_bf16(a));
-  for (int i = 0; i < n && i < 16; ++i) p[i] = buffer[i];
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 inline V16 round_bf16(V16 a) { return {_mm256_castsi256_ps(round_bits(a.lo)), _mm256_castsi256_ps(round_bits(a.hi))}; }
 

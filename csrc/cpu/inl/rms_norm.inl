@@ -7,27 +7,7 @@
 // Work/bytes 4*T*H flop; 2*T*H elements: bound by memory
 // Measured   not measured yet (speed is step 5)
 // Limits     T, H >= 1 rows of any length; host checks in ops/rms_norm.cpp
-
-constexpr int64_t kRows = 64;
-
-template <class T>
-V16 round_to(V16 a, const T*);
-template <>
-inline V16 round_to(V16 a, const float*) {
-  return a;
-}
-template <>
-inline V16 round_to(V16 a, const uint16_t*) {
-  return round_bf16(a);
-}
-
-inline int lanes(int64_t left) { return left < 16 ? static_cast<int>(left) : 16; }
-
-inline float scalar_rsqrt(float mean_plus_eps) {
-  float root[16];
-  store(root, div(set1(1.0f), sqrt(set1(mean_plus_eps))));
-  return root[0];
-}
+#include "cpu/inl/rms_row.inl"
 
 template <class T>
 void forward_row(const RmsNormParams& p, int64_t t) {
@@ -39,25 +19,19 @@ void forward_row(const RmsNormParams& p, int64_t t) {
     const V16 a = load_n(x + i, lanes(p.H - i));
     sum = fma(a, a, sum);
   }
-  const float rstd = scalar_rsqrt(fold_add(sum) / static_cast<float>(p.H) + p.eps);
+  const float rstd = normalise_row(x, weight, y, p.H, sum, p.eps);
   if (p.rstd != nullptr) p.rstd[t] = rstd;
-  const V16 scale = set1(rstd);
-  for (int64_t i = 0; i < p.H; i += 16) {
-    const int n = lanes(p.H - i);
-    const V16 normed = round_to(mul(load_n(x + i, n), scale), x);
-    store_n(y + i, mul(load_n(weight + i, n), normed), n);
-  }
 }
 
 template <class T>
 void forward_block(void* context, int64_t block) {
   const RmsNormParams& p = *static_cast<const RmsNormParams*>(context);
-  const int64_t end = (block + 1) * kRows < p.T ? (block + 1) * kRows : p.T;
-  for (int64_t t = block * kRows; t < end; ++t) forward_row<T>(p, t);
+  const int64_t end = min_i64(p.T, (block + 1) * kNormRows);
+  for (int64_t t = block * kNormRows; t < end; ++t) forward_row<T>(p, t);
 }
 
 inline void rms_norm_forward(const RmsNormParams& p) {
-  const int64_t blocks = (p.T + kRows - 1) / kRows;
+  const int64_t blocks = (p.T + kNormRows - 1) / kNormRows;
   parallel_items(blocks, p.dtype == DType::bf16 ? forward_block<uint16_t> : forward_block<float>, const_cast<RmsNormParams*>(&p));
 }
 
@@ -90,8 +64,8 @@ void backward_block(void* context, int64_t block) {
   const RmsNormBackwardParams& p = *static_cast<const RmsNormBackwardParams*>(context);
   float* d_weight = p.partial + block * p.H;
   for (int64_t i = 0; i < p.H; ++i) d_weight[i] = 0.0f;
-  const int64_t end = (block + 1) * kRows < p.T ? (block + 1) * kRows : p.T;
-  for (int64_t t = block * kRows; t < end; ++t) backward_row<T>(p, t, d_weight);
+  const int64_t end = min_i64(p.T, (block + 1) * kNormRows);
+  for (int64_t t = block * kNormRows; t < end; ++t) backward_row<T>(p, t, d_weight);
 }
 
 inline void sum_blocks(void* context, int64_t column_block) {
@@ -99,13 +73,13 @@ inline void sum_blocks(void* context, int64_t column_block) {
   const int64_t i = column_block * 16;
   const int n = lanes(p.H - i);
   V16 sum = zero();
-  for (int64_t b = 0; b < (p.T + kRows - 1) / kRows; ++b) sum = add(sum, load_n(p.partial + b * p.H + i, n));
+  for (int64_t b = 0; b < (p.T + kNormRows - 1) / kNormRows; ++b) sum = add(sum, load_n(p.partial + b * p.H + i, n));
   if (p.accumulate) sum = add(load_n(p.d_weight + i, n), sum);
   store_n(p.d_weight + i, sum, n);
 }
 
 inline void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
   void* context = const_cast<RmsNormBackwardParams*>(&p);
-  parallel_items((p.T + kRows - 1) / kRows, p.dtype == DType::bf16 ? backward_block<uint16_t> : backward_block<float>, context);
+  parallel_items((p.T + kNormRows - 1) / kNormRows, p.dtype == DType::bf16 ? backward_block<uint16_t> : backward_block<float>, context);
   parallel_items((p.H + 15) / 16, sum_blocks, context);
 }

@@ -1,5 +1,6 @@
 // exp, sigmoid, silu and log on V16: one polynomial for every ISA, FMA by FMA. Included after vec.h, inside its anonymous namespace.
 // Never libm: its vector and scalar forms differ in bits between machines and glibc versions.
+#pragma once
 
 // e^x, within 1.5 ulp; +inf above 88.72, 0 below -87.33 (results that would be denormal are flushed); NaN stays NaN.
 // x = n ln2 + r with |r| <= ln2 / 2; e^r by its Taylor polynomial of degree 7 (truncation 6e-9); 2^n in two steps so that n = 128 works.
@@ -33,3 +34,6 @@ inline V16 sigmoid16(V16 x) {
 
 // x / (1 + e^-x)
 inline V16 silu16(V16 x) { return div(x, add(set1(1.0f), exp16(sub(zero(), x)))); }
+
+// silu(gate) * up, unrounded: silu_mul and the SwiGLU epilogue of grouped_gemm.
+inline V16 silu_mul16(V16 gate, V16 up) { return mul(silu16(gate), up); }

@@ -5,8 +5,17 @@ The functions are imported eagerly so that `glmx.ops.rms_norm` is always the fun
 
 from __future__ import annotations
 
+from glmx.ops.add_rms_norm import add_rms_norm
 from glmx.ops.expert_plan import ExpertPlan, expert_plan
 from glmx.ops.moe_combine import moe_combine
 from glmx.ops.rms_norm import rms_norm
+from glmx.ops.silu_mul import silu_mul
 
-__all__ = ["ExpertPlan", "expert_plan", "moe_combine", "rms_norm"]
+__all__ = [
+    "ExpertPlan",
+    "add_rms_norm",
+    "expert_plan",
+    "moe_combine",
+    "rms_norm",
+    "silu_mul",
+]
