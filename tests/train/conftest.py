@@ -1,7 +1,63 @@
+"""A tiny model and a tiny corpus, shared by the tests of this folder."""
+
+import json
+
+import numpy as np
 import pytest
+
+TINY = {
+    "model_type": "glm4_moe",
+    "architectures": ["Glm4MoeForCausalLM"],
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "use_qk_norm": True,
+    "attention_bias": True,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A directory with config.json alone."""
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Shards `train` and `heldout`: documents that count upwards, now and then by two."""
+    from glmx.data.shards import ShardWriter
+
+    path, rng, vocab = tmp_path_factory.mktemp("data"), np.random.default_rng(0), TINY["vocab_size"]
+    for name, documents in (("train", 40), ("heldout", 4)):
+        with ShardWriter(path, name, vocab_size=vocab) as writer:
+            for length in rng.integers(3, 70, size=documents):
+                steps = 1 + (rng.random(length) < 0.2)
+                writer.add((rng.integers(vocab) + np.cumsum(steps)) % vocab)
+    return path
 
 
 @pytest.fixture
-def gemm_ops():
-    """Skips while the op has not landed."""
-    pytest.importorskip("glmx.ops.grouped_gemm")
+def raw(model_dir, data_dir, tmp_path):
+    """A run of 6 steps as a nested dict, to be changed by the test."""
+    return {
+        "model": str(model_dir),
+        "out": str(tmp_path / "out"),
+        "data": {"shards": str(data_dir), "heldout": "heldout", "seq_len": 24},
+        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_tokens": 96},
+        "train": {"steps": 6, "batch_rows": 4, "micro_rows": 2, "dtype": "bf16", "seed": 3},
+        "checkpoint": {"every_steps": 2},
+        "eval": {"every_steps": 3},
+    }

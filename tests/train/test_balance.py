@@ -58,7 +58,7 @@ def plain_sequence_loss(scores, ids, lengths):
     return total
 
 
-def test_sequence_loss_and_its_gradient(gemm_ops):
+def test_sequence_loss_and_its_gradient():
     g = torch.Generator().manual_seed(1)
     lengths = [7, 64, 33]
     logits = torch.randn(sum(lengths), E, generator=g)
@@ -72,7 +72,7 @@ def test_sequence_loss_and_its_gradient(gemm_ops):
     torch.testing.assert_close(grad.double(), exact.grad, rtol=0, atol=300 * 2**-24 * exact.grad.abs().max().item())
 
 
-def test_sequence_loss_is_one_when_balanced_and_e_over_k_when_collapsed(gemm_ops):
+def test_sequence_loss_is_one_when_balanced_and_e_over_k_when_collapsed():
     scores = torch.full((E, E), 0.5)
     even = (torch.arange(E)[:, None] + torch.arange(K)) % E
     assert sequence_balance(scores, even.int(), [E])[0] == pytest.approx(1.0, rel=1e-6)

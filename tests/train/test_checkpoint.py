@@ -13,6 +13,7 @@ from glmx.train import checkpoint
 
 def write(out, step, keep=2, save_model=None, tensors=None):
     def default(path):
+        path.mkdir()
         (path / "config.json").write_text("{}")
 
     return checkpoint.write(
@@ -54,6 +55,7 @@ def test_a_failed_write_leaves_the_last_good_one(tmp_path, monkeypatch, fails_in
         raise OSError(28, "No space left on device")
 
     def half_a_model(path):
+        path.mkdir()
         (path / "model.safetensors").write_bytes(b"half")
         full()
 

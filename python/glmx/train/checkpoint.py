@@ -51,13 +51,16 @@ def write(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes OUT/step-XXXXXXXX and OUT/latest, then drops all but the newest `keep`. Raises CheckpointError."""
+    """Writes OUT/step-XXXXXXXX and OUT/latest, then drops all but the newest `keep`.
+
+    save_model(path) creates the directory `path`. Raises CheckpointError.
+    """
     name = step_name(step)
     tmp, final = out / f"{TMP}{name}", out / name
     try:
         _remove(tmp)
-        (tmp / "trainer").mkdir(parents=True)
         save_model(tmp)
+        (tmp / "trainer").mkdir()
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp / "trainer" / "state.safetensors")
         (tmp / "trainer" / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         _sync_tree(tmp)

@@ -32,8 +32,9 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Data(Section, frozen=True):
-    shards: str  # directory of token shards to train on
-    heldout: str | None = None  # directory of token shards to measure on; without it no held-out records are written
+    shards: str  # directory of token shards, as glmx.data.shards writes them
+    train: str = "train"  # name of the set to train on
+    heldout: str = ""  # name of the set to measure on; without one there are no held-out records
     seq_len: PositiveInt = 512  # tokens per packed row
 
 
