@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from glmx.models.batch import Batch
 
 from glmx.data.packing import IGNORE, PackedBatch, PackedRows
 from glmx.data.shards import TokenShards
+from glmx.models.batch import Batch
 from glmx.train.balance import ExpertLoads
 from glmx.train.loss import Denominators, Losses, forward_backward, target_logprobs
 from glmx.train.optim import AdamW
