@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-
-from glmx.errors import UnsupportedError
+import dataclasses
+import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,4 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    raise UnsupportedError("generate has not landed yet")
+    from glmx.serve.llm import LLM, RequestOutput, SamplingParams
+
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
+    llm = LLM(args.model, device=args.device, dtype=args.dtype, max_num_seqs=1)
+    if args.json:
+        (out,) = llm.generate([args.prompt], params)
+        print(json.dumps(dataclasses.asdict(out), ensure_ascii=False))
+        return 0
+    print(args.prompt, end="", flush=True)
+    try:
+        for piece in llm.stream(args.prompt, params):
+            if not isinstance(piece, RequestOutput):
+                print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+    return 0

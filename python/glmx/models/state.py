@@ -15,9 +15,9 @@ class LayerState:
     """Keys (after RoPE) and values of one GQA layer: k, v [num_sequences, max_tokens, kv_heads, head_dim]."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        # Zeros, not empty: a page fault now rather than in the middle of a decode step.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        # Uninitialised: no row is read before it was written, and the system backs only the pages touched.
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
 
     def append(self, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> None:
         """Writes the batch's rows behind each sequence's cached ones."""
