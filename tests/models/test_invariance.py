@@ -85,8 +85,9 @@ def test_logits_to_keep():
         assert torch.equal(model(ids, logits_to_keep=2).logits, full[:, -2:])
         assert torch.equal(model(ids, logits_to_keep=50).logits[:, -9:], full)
         kept = model(ids, lengths=[2, 9, 0], logits_to_keep=3).logits
-    assert torch.equal(kept[0, 1:], full[0, :2]) and not kept[0, 0].any()
     assert torch.equal(kept[1], full[1, 6:]) and not kept[2].any()
+    # A row of 2 tokens against the first 2 of 9: SDPA (until step 3) promises no more than closeness.
+    assert (kept[0, 1:] - full[0, :2]).abs().max() < 2e-5 and not kept[0, 0].any()
 
 
 @pytest.mark.parametrize(
