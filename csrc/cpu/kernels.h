@@ -2,13 +2,17 @@
 #pragma once
 #include "glmx/ops.h"
 
-#define GLMX_VECTOR_KERNELS                                     \
-  void moe_combine(const MoeCombineParams& p);                  \
-  void moe_combine_backward(const MoeCombineBackwardParams& p); \
-  void rms_norm(const RmsNormParams& p);                        \
-  void rms_norm_backward(const RmsNormBackwardParams& p);       \
-  void add_rms_norm(const AddRmsNormParams& p);                 \
-  void silu_mul(const SiluMulParams& p);                        \
+#define GLMX_VECTOR_KERNELS                                        \
+  void grouped_gemm(const GroupedGemmParams& p);                   \
+  void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);        \
+  void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);        \
+  void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p); \
+  void moe_combine(const MoeCombineParams& p);                     \
+  void moe_combine_backward(const MoeCombineBackwardParams& p);    \
+  void rms_norm(const RmsNormParams& p);                           \
+  void rms_norm_backward(const RmsNormBackwardParams& p);          \
+  void add_rms_norm(const AddRmsNormParams& p);                    \
+  void silu_mul(const SiluMulParams& p);                           \
   void silu_mul_backward(const SiluMulBackwardParams& p);
 
 namespace glmx::cpu::base {

@@ -13,6 +13,8 @@ Isa chosen_isa(const OpInfo& info, Isa level) {
 const std::vector<OpInfo>& op_table() {
   static const std::vector<OpInfo> table = {
       expert_plan_info(),
+      grouped_gemm_bf16_info(),
+      grouped_gemm_fp32_info(),
       moe_combine_info(),
       rms_norm_info(),
       add_rms_norm_info(),

@@ -4,6 +4,8 @@
 
 namespace glmx {
 OpInfo expert_plan_info();
+OpInfo grouped_gemm_bf16_info();
+OpInfo grouped_gemm_fp32_info();
 OpInfo moe_combine_info();
 OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();

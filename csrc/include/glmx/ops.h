@@ -93,7 +93,7 @@ struct GroupedGemmDgradParams {
 void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);
 
 // grouped_gemm_wgrad: dw[e] = dy[rows of e]^T @ x[token(rows of e)], reduced over the expert's rows by the GEMM tree.
-//   accumulate: dw = dw + result (fp32 only). Without it, experts with no rows write zeros.
+//   accumulate: dw = dw + result (fp32 only); experts with no rows are left alone. Without it, they write zeros.
 struct GroupedGemmWgradParams {
   const void* dy;                 // [R, N] dtype
   const void* x;                  // [M, K] dtype
@@ -105,6 +105,17 @@ struct GroupedGemmWgradParams {
   bool accumulate;  // needs out_dtype fp32
 };
 void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);
+
+// grouped_gemm_bias_grad: d_bias[e] = the sum of dy over the rows of e: blocks of 64 rows from its first row, rows and blocks in order.
+struct GroupedGemmBiasGradParams {
+  const void* dy;                 // [R, N] dtype
+  const int32_t* expert_offsets;  // [E + 1]
+  float* d_bias;                  // [E, N]
+  int64_t R, N, E;
+  DType dtype;
+  bool accumulate;  // d_bias = d_bias + result
+};
+void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p);
 
 // moe_combine: out[t, :] = sum over k in order of topk_weights[t, k] * rows[inverse[t, k], :], fp32 (fma from +0), one rounding.
 inline constexpr int kMoeCombineRevision = 1;

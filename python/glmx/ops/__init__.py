@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from glmx.ops.add_rms_norm import add_rms_norm
 from glmx.ops.expert_plan import ExpertPlan, expert_plan
+from glmx.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, linear
 from glmx.ops.moe_combine import moe_combine
 from glmx.ops.rms_norm import rms_norm
 from glmx.ops.silu_mul import silu_mul
@@ -15,6 +16,10 @@ __all__ = [
     "ExpertPlan",
     "add_rms_norm",
     "expert_plan",
+    "grouped_gemm",
+    "grouped_gemm_dgrad",
+    "grouped_gemm_wgrad",
+    "linear",
     "moe_combine",
     "rms_norm",
     "silu_mul",

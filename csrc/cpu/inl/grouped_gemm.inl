@@ -1,0 +1,317 @@
+// grouped_gemm: out[r,:] = x[token(r),:] @ w[e(r)]^T, its dgrad (dy @ w) and wgrad (dy^T @ x), for every vector ISA
+// Contract   include/glmx/ops.h GroupedGemmParams   Oracle reference/grouped_gemm.py, gemm_tree.py   Doc docs/ops/grouped_gemm.md
+// Shapes     x [M,K] | w [E,N,K] | dy, out [R,N] | dx [R,K] | dw [E,N,K] | offsets [E+1] i32 | row_token [R] i32
+// Layout     both operands are packed to fp32 in chunks of kDepth: the broadcast side in tiles of kRows rows, the vector side in panels of
+//            kCols columns [depth][kCols]; depth is padded with zeros to 32, rows and columns that do not exist are never stored
+// Numerics   the GEMM tree of ops.h, run for padded depth too; one rounding at the end. A result depends on its row, its column and
+//            the depth alone, so X1 and X2 hold; the operations are those of V16, so X5 holds
+// Algorithm  work item = block of rows x block of columns of one expert, with its own fp32 results (kBlockRows x kBlockCols, in L2).
+//            For each chunk of depth: pack the rows, then for each panel: pack it (to L1), run every tile against it. The three ops
+//            differ in how they pack and where they store. With few rows the chunk of rows covers all depth, so panels are walked one
+//            after the other and the weights are read once, in order
+// Work/bytes 2*R*N*K flop; w once per block of rows: bound by memory below ~4 rows per expert, by the FMA units above
+// Measured   bench/ops/bench_grouped_gemm.py
+// Limits     checked in ops/grouped_gemm.cpp
+
+// kRows x kVecs is the ISA's: accumulators 2 * kRows * kVecs (even and odd chain) + kVecs + 1 must fit the vector registers.
+constexpr int kCols = 16 * kVecs;
+constexpr int64_t kDepth = 128;      // a panel of kDepth x kCols fp32 (16 KB at 32 columns) stays in a 32 KB L1
+constexpr int64_t kBlockRows = 288;  // results of kBlockRows x kBlockCols (288 KB) and the packed rows (144 KB) stay in a 1 MB L2
+constexpr int64_t kBlockCols = 256;  // packing a row block is shared by 256 columns, packing a panel by up to 288 rows
+constexpr int64_t kFewRows = 32;     // up to so many rows, an item has 64 columns: more items for the threads of a decode step
+constexpr int64_t kPackedRows = 160 * 1024 / 4;  // floats of packed rows per chunk, when few rows allow a chunk longer than kDepth
+
+// c[rows][kCols] += a tile @ a panel over blocks * 32 steps of depth. Row i, step k of the tile: a[i * 32 + k], or a[k * kRows + i].
+template <int rows, bool depth_major>
+inline void tile_times_panel(const float* a, const float* b, float* c, int64_t ldc, int64_t blocks) {
+  constexpr int row_step = depth_major ? 1 : 32, depth_step = depth_major ? kRows : 1;
+  for (; blocks > 0; --blocks, a += 32 * kRows, b += 32 * kCols) {
+    V16 chain[2][rows][kVecs];
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * rows * kVecs; ++i) chain[i / (rows * kVecs)][i / kVecs % rows][i % kVecs] = zero();
+    for (int k = 0; k < 32; k += 2) {
+#pragma GCC unroll 2
+      for (int parity = 0; parity < 2; ++parity) {
+        V16 panel[kVecs];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) panel[j] = load(b + (k + parity) * kCols + 16 * j);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) {
+          const V16 row = set1(a[i * row_step + (k + parity) * depth_step]);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVecs; ++j) chain[parity][i][j] = fma(row, panel[j], chain[parity][i][j]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        float* at = c + i * ldc + 16 * j;
+        store(at, add(load(at), add(chain[0][i][j], chain[1][i][j])));
+      }
+    }
+  }
+}
+
+template <bool depth_major, int rows = kRows>
+inline void tile_times_panel_n(int64_t n, const float* a, const float* b, float* c, int64_t ldc, int64_t blocks) {
+  if constexpr (rows > 1) {
+    if (n < rows) return tile_times_panel_n<depth_major, rows - 1>(n, a, b, c, ldc, blocks);
+  }
+  tile_times_panel<rows, depth_major>(a, b, c, ldc, blocks);
+}
+
+// Rows of T that are contiguous in depth -> one tile [depth / 32][kRows][32]. `row(i)` is where row i's depth begins.
+template <class T, class Row>
+inline void pack_tile(Row row, int64_t rows, int64_t depth, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = row(i);
+    float* to = out + i * 32;
+    for (int64_t k = 0; k < depth; k += 32, to += 32 * kRows) {
+      if (k + 32 <= depth) {
+        store(to, load(from + k));
+        store(to + 16, load(from + k + 16));
+      } else {
+        store(to, load_n(from + k, lanes(depth - k)));
+        store(to + 16, depth - k > 16 ? load_n(from + k + 16, lanes(depth - k - 16)) : zero());
+      }
+    }
+  }
+}
+
+// Columns of a [depth, width] matrix -> one tile [depth][kRows]. Each store spills over into the next step of depth, which comes later:
+// the buffer has 16 floats to spare.
+template <class T>
+inline void pack_tile_columns(const T* from, int64_t width, int64_t left, int64_t depth, float* out) {
+  int64_t k = 0;
+  for (; k < depth; ++k) store(out + k * kRows, left >= 16 ? load(from + k * width) : load_n(from + k * width, lanes(left)));
+  for (; k % 32 != 0; ++k) store(out + k * kRows, zero());
+}
+
+// Rows [0, n) of w, contiguous in depth -> a panel [depth][kCols].
+template <class T>
+inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t depth, float* out) {
+  for (int64_t k = 0; k < depth; k += 32) {
+    for (int64_t j = 0; j < kCols; j += 16) {
+      const T* block = from + j * stride + k;
+      float* to = out + k * kCols + j;
+      if (j + 16 <= n && k + 32 <= depth) {
+        transpose_16x32(block, stride, to, kCols);
+        continue;
+      }
+      alignas(64) T padded[16 * 32] = {};
+      const int64_t rows = least(n - j, 16), steps = least(depth - k, 32);
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(padded + i * 32, block + i * stride, static_cast<size_t>(steps) * sizeof(T));
+      transpose_16x32(padded, 32, to, kCols);
+    }
+  }
+}
+
+// Columns [0, n) of a matrix whose rows are steps of depth -> a panel [depth][kCols]. `row(k)` is where step k's columns begin.
+template <class T, class Row>
+inline void pack_panel_columns(Row row, int64_t n, int64_t depth, float* out) {
+  int64_t k = 0;
+  for (; k < depth; ++k, out += kCols) {
+    const T* from = row(k);
+    for (int64_t j = 0; j < kCols; j += 16) {
+      store(out + j, j + 16 <= n ? load(from + j) : j < n ? load_n(from + j, static_cast<int>(n - j)) : zero());
+    }
+  }
+  for (; k % 32 != 0; ++k, out += kCols) {
+    for (int64_t j = 0; j < kCols; j += 16) store(out + j, zero());
+  }
+}
+
+// The three ops as the driver sees them: `rows(e)` x `width()` results per expert over `depth(e)`; the columns come in `halves` parts.
+template <class T>
+struct Forward {
+  const GroupedGemmParams& p;
+  static constexpr bool kDepthMajor = false;
+  int64_t experts() const { return p.E; }
+  int64_t rows(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
+  int64_t width() const { return p.silu_mul ? p.N / 2 : p.N; }
+  int64_t halves() const { return p.silu_mul ? 2 : 1; }
+  int64_t depth(int64_t) const { return p.K; }
+  void pack_rows(int64_t e, int64_t row, int64_t n, int64_t k, int64_t depth, float* out) const {
+    const int64_t first = p.expert_offsets[e] + row;
+    const T* x = static_cast<const T*>(p.x) + k;
+    pack_tile<T>([&](int64_t i) { return x + (p.row_token != nullptr ? p.row_token[first + i] : first + i) * p.K; }, n, depth, out);
+  }
+  void pack_cols(int64_t e, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
+    const T* w = static_cast<const T*>(p.w) + (e * p.N + half * width() + col) * p.K + k;
+    pack_panel_rows(w, p.K, n, depth, out);
+  }
+  void store(int64_t e, int64_t row, int64_t col, int64_t cols, float* c, float* up) const {
+    store_forward(p, e, p.expert_offsets[e] + row, col, cols, c, up);
+  }
+  void zero_tail() const { zero_forward(p, p.expert_offsets[p.E], p.R); }
+};
+
+template <class T>
+struct Dgrad {
+  const GroupedGemmDgradParams& p;
+  static constexpr bool kDepthMajor = false;
+  int64_t experts() const { return p.E; }
+  int64_t rows(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
+  int64_t width() const { return p.K; }
+  int64_t halves() const { return 1; }
+  int64_t depth(int64_t) const { return p.N; }
+  void pack_rows(int64_t e, int64_t row, int64_t n, int64_t k, int64_t depth, float* out) const {
+    const T* dy = static_cast<const T*>(p.dy) + (p.expert_offsets[e] + row) * p.N + k;
+    pack_tile<T>([&](int64_t i) { return dy + i * p.N; }, n, depth, out);
+  }
+  void pack_cols(int64_t e, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
+    const T* w = static_cast<const T*>(p.w) + (e * p.N + k) * p.K + col;
+    pack_panel_columns<T>([&](int64_t step) { return w + step * p.K; }, n, depth, out);
+  }
+  void store(int64_t e, int64_t row, int64_t col, int64_t cols, float* c, float*) const {
+    store_row(p.dx, p.out_dtype, p.K, p.expert_offsets[e] + row, col, cols, c, false);
+  }
+  void zero_tail() const { zero_rows(p.dx, p.out_dtype, p.K, p.expert_offsets[p.E], p.R); }
+};
+
+template <class T>
+struct Wgrad {
+  const GroupedGemmWgradParams& p;
+  static constexpr bool kDepthMajor = true;
+  int64_t experts() const { return p.E; }
+  int64_t rows(int64_t e) const { return p.accumulate && depth(e) == 0 ? 0 : p.N; }
+  int64_t width() const { return p.K; }
+  int64_t halves() const { return 1; }
+  int64_t depth(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
+  void pack_rows(int64_t e, int64_t row, int64_t, int64_t k, int64_t depth, float* out) const {
+    const T* dy = static_cast<const T*>(p.dy) + (p.expert_offsets[e] + k) * p.N + row;
+    pack_tile_columns(dy, p.N, p.N - row, depth, out);
+  }
+  void pack_cols(int64_t e, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
+    const int64_t first = p.expert_offsets[e] + k;
+    const T* x = static_cast<const T*>(p.x) + col;
+    pack_panel_columns<T>([&](int64_t step) { return x + (p.row_token != nullptr ? p.row_token[first + step] : first + step) * p.K; }, n,
+                          depth, out);
+  }
+  void store(int64_t e, int64_t row, int64_t col, int64_t cols, float* c, float*) const {
+    store_row(p.dw, p.out_dtype, p.K, e * p.N + row, col, cols, c, p.accumulate);
+  }
+  void zero_tail() const {}
+};
+
+// How one expert's results are cut into work items. Row blocks are evened out, so that 300 rows are not 288 and 12.
+struct Cut {
+  int64_t block_rows, block_cols, row_blocks, col_blocks;
+};
+
+template <class Op>
+inline Cut cut(const Op& op, int64_t e) {
+  const int64_t rows = op.rows(e);
+  if (rows == 0) return {};
+  Cut c;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  c.block_rows = round_up((rows + blocks - 1) / blocks, kRows);
+  c.row_blocks = (rows + c.block_rows - 1) / c.block_rows;
+  c.block_cols = (rows <= kFewRows ? 64 : kBlockCols) / op.halves();
+  c.col_blocks = (op.width() + c.block_cols - 1) / c.block_cols;
+  return c;
+}
+
+template <class Op>
+void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64_t col_block) {
+  const int64_t row0 = row_block * cut.block_rows, rows = least(cut.block_rows, op.rows(e) - row0);
+  const int64_t col0 = col_block * cut.block_cols, cols = least(cut.block_cols, op.width() - col0);
+  const int64_t panels = (cols + kCols - 1) / kCols, halves = op.halves(), ldc = halves * panels * kCols;
+  const int64_t tiles = (rows + kRows - 1) / kRows, depth = op.depth(e);
+  int64_t chunk = kPackedRows / (tiles * kRows) / kDepth * kDepth;
+  chunk = least(chunk < kDepth ? kDepth : chunk, round_up(depth, 32));
+
+  float* c = static_cast<float*>(thread_scratch(Scratch::item, (tiles * kRows * ldc + tiles * kRows * chunk + 16 + kDepth * kCols) * 4));
+  float* panel = c + tiles * kRows * ldc;
+  float* packed = panel + kDepth * kCols;
+  std::memset(c, 0, static_cast<size_t>(rows * ldc) * 4);
+  for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
+    const int64_t steps = least(chunk, depth - k0), padded = round_up(steps, 32);
+    for (int64_t t = 0; t < tiles; ++t)
+      op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * kRows * padded);
+    for (int64_t j = 0; j < halves * panels; ++j) {
+      const int64_t half = j / panels, col = j % panels * kCols;
+      for (int64_t k = 0; k < steps; k += kDepth) {
+        const int64_t now = least(kDepth, steps - k), blocks = (now + 31) / 32;
+        op.pack_cols(e, half, col0 + col, least(kCols, cols - col), k0 + k, now, panel);
+        for (int64_t t = 0; t < tiles; ++t) {
+          tile_times_panel_n<Op::kDepthMajor>(rows - t * kRows, packed + t * kRows * padded + k * kRows, panel,
+                                              c + t * kRows * ldc + j * kCols, ldc, blocks);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) op.store(e, row0 + i, col0, cols, c + i * ldc, c + i * ldc + panels * kCols);
+}
+
+template <class Op>
+void run_item(void* context, int64_t item) {
+  const Op& op = *static_cast<const Op*>(context);
+  if (item == 0) return op.zero_tail();
+  --item;
+  for (int64_t e = 0; e < op.experts(); ++e) {
+    const Cut c = cut(op, e);
+    const int64_t items = c.row_blocks * c.col_blocks;
+    if (item < items) return run_block(op, c, e, item / c.col_blocks, item % c.col_blocks);
+    item -= items;
+  }
+}
+
+template <class Op>
+void run(const Op& op) {
+  int64_t items = 1;
+  for (int64_t e = 0; e < op.experts(); ++e) {
+    const Cut c = cut(op, e);
+    items += c.row_blocks * c.col_blocks;
+  }
+  parallel_items(items, run_item<Op>, const_cast<Op*>(&op));
+}
+
+// d_bias[e, n] = sum of dy over the expert's rows: blocks of 64 rows counted from its first row, rows in order, blocks in order.
+template <class T>
+void bias_item(void* context, int64_t item) {
+  const GroupedGemmBiasGradParams& p = *static_cast<const GroupedGemmBiasGradParams*>(context);
+  const int64_t groups = (p.N + 15) / 16, e = item / groups, col = item % groups * 16;
+  const int n = lanes(p.N - col);
+  const T* dy = static_cast<const T*>(p.dy) + col;
+  V16 sum = zero();
+  for (int64_t block = p.expert_offsets[e]; block < p.expert_offsets[e + 1]; block += 64) {
+    const int64_t end = least(block + 64, p.expert_offsets[e + 1]);
+    V16 part = zero();
+    for (int64_t r = block; r < end; ++r) part = add(part, load_n(dy + r * p.N, n));
+    sum = add(sum, part);
+  }
+  float* out = p.d_bias + e * p.N + col;
+  store_n(out, p.accumulate ? add(load_n(out, n), sum) : sum, n);
+}
+
+inline void gemm_forward(const GroupedGemmParams& p) {
+  if (p.dtype == DType::bf16) {
+    run(Forward<uint16_t>{p});
+  } else {
+    run(Forward<float>{p});
+  }
+}
+
+inline void gemm_dgrad(const GroupedGemmDgradParams& p) {
+  if (p.dtype == DType::bf16) {
+    run(Dgrad<uint16_t>{p});
+  } else {
+    run(Dgrad<float>{p});
+  }
+}
+
+inline void gemm_wgrad(const GroupedGemmWgradParams& p) {
+  if (p.dtype == DType::bf16) {
+    run(Wgrad<uint16_t>{p});
+  } else {
+    run(Wgrad<float>{p});
+  }
+}
+
+inline void bias_gradient(const GroupedGemmBiasGradParams& p) {
+  parallel_items(p.E * ((p.N + 15) / 16), p.dtype == DType::bf16 ? bias_item<uint16_t> : bias_item<float>,
+                 const_cast<GroupedGemmBiasGradParams*>(&p));
+}

@@ -1,0 +1,93 @@
+// grouped_gemm, its gradients: checks and kernel choice.
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "cpu/kernels.h"
+#include "ops/registry.h"
+
+namespace glmx {
+namespace {
+
+using Forward = void(const GroupedGemmParams&);
+using Dgrad = void(const GroupedGemmDgradParams&);
+using Wgrad = void(const GroupedGemmWgradParams&);
+using BiasGrad = void(const GroupedGemmBiasGradParams&);
+constexpr Kernel<Forward> kForward[] = {
+    {Isa::avx512, cpu::avx512::grouped_gemm}, {Isa::avx2, cpu::avx2::grouped_gemm}, {Isa::base, cpu::base::grouped_gemm}};
+constexpr Kernel<Dgrad> kDgrad[] = {
+    {Isa::avx512, cpu::avx512::grouped_gemm_dgrad}, {Isa::avx2, cpu::avx2::grouped_gemm_dgrad}, {Isa::base, cpu::base::grouped_gemm_dgrad}};
+constexpr Kernel<Wgrad> kWgrad[] = {
+    {Isa::avx512, cpu::avx512::grouped_gemm_wgrad}, {Isa::avx2, cpu::avx2::grouped_gemm_wgrad}, {Isa::base, cpu::base::grouped_gemm_wgrad}};
+constexpr Kernel<BiasGrad> kBiasGrad[] = {{Isa::avx512, cpu::avx512::grouped_gemm_bias_grad},
+                                          {Isa::avx2, cpu::avx2::grouped_gemm_bias_grad},
+                                          {Isa::base, cpu::base::grouped_gemm_bias_grad}};
+
+void check_sizes(const char* op, int64_t E, int64_t N, int64_t K) {
+  GLMX_CHECK(E >= 1, op, ": expected at least one expert: got w.shape[0] == ", E);
+  GLMX_CHECK(N >= 1 && K >= 1, op, ": expected N >= 1 and K >= 1: got N == ", N, ", K == ", K);
+}
+
+void check_dtypes(const char* op, DType dtype, DType out_dtype) {
+  GLMX_CHECK(dtype == DType::bf16 || out_dtype == DType::f32, op, ": expected out_dtype fp32 with fp32 inputs: got ",
+             dtype_name(out_dtype));
+}
+
+void check_offsets(const char* op, const int32_t* offsets, int64_t E, int64_t R) {
+  GLMX_CHECK(offsets[0] == 0, op, ": expected expert_offsets[0] == 0: got ", offsets[0]);
+  for (int64_t e = 0; e < E; ++e) {
+    GLMX_CHECK(offsets[e] <= offsets[e + 1], op, ": expected ascending expert_offsets: got ", offsets[e], " then ", offsets[e + 1], " at ",
+               e);
+  }
+  GLMX_CHECK(offsets[E] <= R, op, ": expected expert_offsets[-1] <= ", R, " rows: got ", offsets[E]);
+}
+
+void check_rows(const char* op, const int32_t* row_token, int64_t used, int64_t R, int64_t M) {
+  if (row_token == nullptr) {
+    GLMX_CHECK(R == M, op, ": expected as many rows as x has without row_token: got ", R, ", x has ", M);
+    return;
+  }
+  for (int64_t r = 0; r < used; ++r) {
+    GLMX_CHECK(row_token[r] >= 0 && row_token[r] < M, op, ": expected row_token in [0, ", M, "): got ", row_token[r], " at row ", r);
+  }
+}
+
+}  // namespace
+
+OpInfo grouped_gemm_bf16_info() { return op_info("grouped_gemm", "bf16", kGroupedGemmRevision, kForward); }
+OpInfo grouped_gemm_fp32_info() { return op_info("grouped_gemm", "fp32", kGroupedGemmRevision, kForward); }
+
+void grouped_gemm(const GroupedGemmParams& p) {
+  const char* op = "grouped_gemm";
+  check_sizes(op, p.E, p.N, p.K);
+  check_dtypes(op, p.dtype, p.out_dtype);
+  GLMX_CHECK(!p.silu_mul || p.N % 2 == 0, op, ": expected an even w.shape[1] with silu_mul (gate rows, then up rows): got ", p.N);
+  GLMX_CHECK(p.silu_mul || p.preact == nullptr, op, ": expected no preact without silu_mul");
+  check_offsets(op, p.expert_offsets, p.E, p.R);
+  check_rows(op, p.row_token, p.expert_offsets[p.E], p.R, p.M);
+  select(kForward).fn(p);
+}
+
+void grouped_gemm_dgrad(const GroupedGemmDgradParams& p) {
+  const char* op = "grouped_gemm_dgrad";
+  check_sizes(op, p.E, p.N, p.K);
+  check_dtypes(op, p.dtype, p.out_dtype);
+  check_offsets(op, p.expert_offsets, p.E, p.R);
+  select(kDgrad).fn(p);
+}
+
+void grouped_gemm_wgrad(const GroupedGemmWgradParams& p) {
+  const char* op = "grouped_gemm_wgrad";
+  check_sizes(op, p.E, p.N, p.K);
+  check_dtypes(op, p.dtype, p.out_dtype);
+  GLMX_CHECK(!p.accumulate || p.out_dtype == DType::f32, op, ": expected an fp32 out to accumulate into: got ", dtype_name(p.out_dtype));
+  check_offsets(op, p.expert_offsets, p.E, p.R);
+  check_rows(op, p.row_token, p.expert_offsets[p.E], p.R, p.M);
+  select(kWgrad).fn(p);
+}
+
+void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p) {
+  check_sizes("grouped_gemm_bias_grad", p.E, p.N, 1);
+  check_offsets("grouped_gemm_bias_grad", p.expert_offsets, p.E, p.R);
+  select(kBiasGrad).fn(p);
+}
+
+}  // namespace glmx
