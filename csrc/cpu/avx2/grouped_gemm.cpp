@@ -10,11 +10,11 @@
 
 namespace glmx::cpu::avx2 {
 namespace {
-#include "cpu/avx2/transpose.h"
 #include "cpu/avx2/vec.h"
-#include "cpu/inl/gemm_epilogue.inl"
-#include "cpu/inl/vec_math.inl"
+
 constexpr int kRows = 3, kVecs = 1;  // 12 accumulators of 8 lanes, 2 of the panel, 1 broadcast: 15 of 16 registers
+
+#include "cpu/avx2/transpose.h"
 #include "cpu/inl/grouped_gemm.inl"
 }  // namespace
 

@@ -10,11 +10,11 @@
 
 namespace glmx::cpu::avx512 {
 namespace {
-#include "cpu/avx512/transpose.h"
 #include "cpu/avx512/vec.h"
-#include "cpu/inl/gemm_epilogue.inl"
-#include "cpu/inl/vec_math.inl"
+
 constexpr int kRows = 6, kVecs = 2;  // 24 accumulators, 2 of the panel, 1 broadcast: 27 of 32 registers
+
+#include "cpu/avx512/transpose.h"
 #include "cpu/inl/grouped_gemm.inl"
 }  // namespace
 

@@ -11,11 +11,11 @@
 
 namespace glmx::cpu::base {
 namespace {
-#include "cpu/base/transpose.h"
 #include "cpu/base/vec.h"
-#include "cpu/inl/gemm_epilogue.inl"
-#include "cpu/inl/vec_math.inl"
+
 constexpr int kRows = 4, kVecs = 1;  // sixteen lanes are an array here: the size bounds nothing
+
+#include "cpu/base/transpose.h"
 #include "cpu/inl/grouped_gemm.inl"
 }  // namespace
 

@@ -1,5 +1,6 @@
 // What happens to a block of fp32 results before it is stored: bias, silu_mul, rounding, accumulation. The vector kernels and the AMX
-// kernels store through these functions, so that their bits agree. Included after vec.h and vec_math.inl, in their anonymous namespace.
+// kernels store through these functions, so that their bits agree. Included after vec.h, in its anonymous namespace.
+#include "cpu/inl/vec_math.inl"
 
 inline int lanes(int64_t left) { return left < 16 ? static_cast<int>(left) : 16; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

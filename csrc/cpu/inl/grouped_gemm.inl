@@ -13,6 +13,8 @@
 // Measured   bench/ops/bench_grouped_gemm.py
 // Limits     checked in ops/grouped_gemm.cpp
 
+#include "cpu/inl/gemm_epilogue.inl"
+
 // kRows x kVecs is the ISA's: accumulators 2 * kRows * kVecs (even and odd chain) + kVecs + 1 must fit the vector registers.
 constexpr int kCols = 16 * kVecs;
 constexpr int64_t kDepth = 128;      // a panel of kDepth x kCols fp32 (16 KB at 32 columns) stays in a 32 KB L1
