@@ -13,7 +13,9 @@
   void rms_norm_backward(const RmsNormBackwardParams& p);          \
   void add_rms_norm(const AddRmsNormParams& p);                    \
   void silu_mul(const SiluMulParams& p);                           \
-  void silu_mul_backward(const SiluMulBackwardParams& p);
+  void silu_mul_backward(const SiluMulBackwardParams& p);          \
+  void rope_cos_sin(const RopeCosSinParams& p);                    \
+  void rope(const RopeParams& p);
 
 namespace glmx::cpu::base {
 GLMX_VECTOR_KERNELS

@@ -11,6 +11,7 @@ Isa chosen_isa(const OpInfo& info, Isa level) {
 }
 
 const std::vector<OpInfo>& op_table() {
+  // clang-format off: one op per line
   static const std::vector<OpInfo> table = {
       expert_plan_info(),
       grouped_gemm_bf16_info(),
@@ -19,7 +20,9 @@ const std::vector<OpInfo>& op_table() {
       rms_norm_info(),
       add_rms_norm_info(),
       silu_mul_info(),
+      rope_info(),
   };
+  // clang-format on
   return table;
 }
 

@@ -10,4 +10,5 @@ OpInfo moe_combine_info();
 OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();
 OpInfo silu_mul_info();
+OpInfo rope_info();
 }  // namespace glmx

@@ -79,6 +79,8 @@ inline __m256 pow2_half(__m256 a) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(a), _mm256_set1_epi32(127)), 23));
 }
 inline V16 pow2(V16 a) { return {pow2_half(a.lo), pow2_half(a.hi)}; }
+// Lanes 2j and 2j + 1 exchanged.
+inline V16 swap_neighbours(V16 a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
 
 // Folded 16 -> 8 -> 4 -> 2 -> 1: lane j with lane j + half.
 inline float fold_add(V16 a) {

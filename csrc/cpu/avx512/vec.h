@@ -49,6 +49,8 @@ inline V16 max(V16 a, V16 b) { return select_lt(a, b, b, a); }
 inline V16 pow2(V16 a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvttps_epi32(a.v), _mm512_set1_epi32(127)), 23))};
 }
+// Lanes 2j and 2j + 1 exchanged.
+inline V16 swap_neighbours(V16 a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 
 // Folded 16 -> 8 -> 4 -> 2 -> 1: lane j with lane j + half.
 inline float fold_add(V16 a) {

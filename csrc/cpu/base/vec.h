@@ -101,6 +101,12 @@ inline V16 pow2(V16 a) {
   }
   return a;
 }
+// Lanes 2j and 2j + 1 exchanged.
+inline V16 swap_neighbours(V16 a) {
+  V16 r;
+  GLMX_LANES r.lane[i] = a.lane[i ^ 1];
+  return r;
+}
 
 // Folded 16 -> 8 -> 4 -> 2 -> 1: lane j with lane j + half.
 inline float fold_add(V16 a) {

@@ -204,16 +204,17 @@ struct SiluMulBackwardParams {
 };
 void silu_mul_backward(const SiluMulBackwardParams& p);
 
-// rope: rotate the first 2 * half dims of each head. Angles: position * theta^(-i / half), in fp64, correct to positions of 1M.
+// rope: rotate the first 2 * half dims of each head. Angles: position * theta^(-i / half), as pairs of fp64 up to the reduction,
+//   so that cos and sin are the exact values rounded once (but for near-ties) at every position.
 //   cos and sin are rounded to dtype, then each product and the sum are rounded to dtype (Hugging Face order).
 //   interleaved: pairs (2i, 2i + 1), else (i, i + half). inverse: rotate by the negative angle (the backward).
 inline constexpr int kRopeRevision = 1;
 struct RopeCosSinParams {
-  const int64_t* positions;  // [T], each >= 0
+  const int64_t* positions;  // [T], each in [0, 2^31)
   float* cos;                // [T, half]
   float* sin;                // [T, half]
   int64_t T, half;
-  double theta;  // > 0
+  double theta;  // in [1, 1e30]
 };
 void rope_cos_sin(const RopeCosSinParams& p);
 

@@ -10,6 +10,7 @@ from glmx.ops.expert_plan import ExpertPlan, expert_plan
 from glmx.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, linear
 from glmx.ops.moe_combine import moe_combine
 from glmx.ops.rms_norm import rms_norm
+from glmx.ops.rope import rope, rope_cos_sin
 from glmx.ops.silu_mul import silu_mul
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "linear",
     "moe_combine",
     "rms_norm",
+    "rope",
+    "rope_cos_sin",
     "silu_mul",
 ]
