@@ -20,4 +20,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate, hidden, False, dtype, device)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_up_proj(x_TH)))
+        return self.down_proj(ops.linear(x_TH, self.gate_up_proj.weight, silu_mul=True))

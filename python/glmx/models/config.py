@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,12 @@ class ModelConfig:
         for layer in range(self.num_hidden_layers + self.num_nextn_predict_layers):
             total += attention + 2 * H + (moe if self.is_moe_layer(layer) else dense)
         return total + self.num_nextn_predict_layers * (2 * H * H + 3 * H)
+
+    def num_active_parameters(self) -> int:
+        """Number of parameters that work on one token of text: no MTP layer, only the experts it is routed to."""
+        idle = 3 * self.hidden_size * self.moe_intermediate_size * (self.n_routed_experts - self.num_experts_per_tok)
+        moe_layers = sum(map(self.is_moe_layer, range(self.num_hidden_layers)))
+        return replace(self, num_nextn_predict_layers=0).num_parameters() - moe_layers * idle
 
     # config.json
     @classmethod

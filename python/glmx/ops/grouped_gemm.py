@@ -206,15 +206,23 @@ def _one_expert(rows: int) -> Tensor:
     return torch.tensor([0, rows], dtype=torch.int32)
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x @ w.T + bias: grouped_gemm with one expert.
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    silu_mul: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x @ w.T + bias: grouped_gemm with one expert; with silu_mul, its SwiGLU.
 
     Args:
         x: [..., K], fp32 or bf16. w: [N, K] and bias: [N], the dtype of x.
+        silu_mul: return silu(gate) * up, as in grouped_gemm; w then holds the gate rows before the up rows.
         out_dtype: fp32 or bf16; default the dtype of x. fp32 inputs have fp32 outputs.
 
     Returns:
-        [..., N], fp32 accumulation by the GEMM tree, one rounding.
+        [..., N], or [..., N/2] with silu_mul; fp32 accumulation by the GEMM tree, one rounding.
 
     Raises:
         ValueError: dtypes or shapes that do not fit.
@@ -232,5 +240,5 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, out_dtype: torch
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     offsets = _one_expert(rows.shape[0])
     w, bias = w.contiguous(), _contiguous(bias)
-    out = GroupedGemmFunction.apply(rows, w, bias, offsets, None, None, False, out_dtype)
-    return out.view(*x.shape[:-1], w.shape[0])
+    out = GroupedGemmFunction.apply(rows, w, bias, offsets, None, None, silu_mul, out_dtype)
+    return out.view(*x.shape[:-1], out.shape[-1])

@@ -88,11 +88,15 @@ def linear(
     w: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    silu_mul: bool = False,
     out_dtype: torch.dtype | None = None,
     exact: bool = False,
 ) -> torch.Tensor:
-    """x [.., K], w [N, K] -> [.., N] = x @ w.T + bias, one rounding."""
+    """x [.., K], w [N, K] -> [.., N] = x @ w.T + bias, or [.., N/2] with silu_mul; one rounding."""
     y = x.to(F64) @ w.to(F64).T
     if bias is not None:
         y = y + bias.to(F64)
+    if silu_mul:
+        gate, up = y.chunk(2, dim=-1)
+        y = gate * torch.sigmoid(gate) * up
     return y if exact else y.to(out_dtype or x.dtype)
