@@ -3,6 +3,8 @@
 #include "glmx/ops.h"
 
 #define GLMX_VECTOR_KERNELS                                        \
+  void route_topk(const RouteTopkParams& p);                       \
+  void route_topk_backward(const RouteTopkBackwardParams& p);      \
   void grouped_gemm(const GroupedGemmParams& p);                   \
   void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);        \
   void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);        \
@@ -15,7 +17,9 @@
   void silu_mul(const SiluMulParams& p);                           \
   void silu_mul_backward(const SiluMulBackwardParams& p);          \
   void rope_cos_sin(const RopeCosSinParams& p);                    \
-  void rope(const RopeParams& p);
+  void rope(const RopeParams& p);                                  \
+  void embedding_backward(const EmbeddingBackwardParams& p);       \
+  void sum_squares(const SumSquaresParams& p);
 
 namespace glmx::cpu::base {
 GLMX_VECTOR_KERNELS

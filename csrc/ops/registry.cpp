@@ -13,6 +13,7 @@ Isa chosen_isa(const OpInfo& info, Isa level) {
 const std::vector<OpInfo>& op_table() {
   // clang-format off: one op per line
   static const std::vector<OpInfo> table = {
+      route_topk_info(),
       expert_plan_info(),
       grouped_gemm_bf16_info(),
       grouped_gemm_fp32_info(),

@@ -3,6 +3,7 @@
 #include "core/dispatch.h"
 
 namespace glmx {
+OpInfo route_topk_info();
 OpInfo expert_plan_info();
 OpInfo grouped_gemm_bf16_info();
 OpInfo grouped_gemm_fp32_info();

@@ -73,7 +73,20 @@ inline V16 select_lt(V16 a, V16 b, V16 yes, V16 no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
-inline V16 max(V16 a, V16 b) { return select_lt(a, b, b, a); }
+// Bit i: lane i of a == lane i of b. False for NaN.
+inline uint32_t mask_eq(V16 a, V16 b) {
+  const uint32_t lo = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ)));
+  const uint32_t hi = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ)));
+  return lo | hi << 8;
+}
+inline V16 set_lane(V16 a, int lane, float value) {
+  const __m256i iota = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 lo = _mm256_castsi256_ps(_mm256_cmpeq_epi32(iota, _mm256_set1_epi32(lane)));
+  const __m256 hi = _mm256_castsi256_ps(_mm256_cmpeq_epi32(iota, _mm256_set1_epi32(lane - 8)));
+  return {_mm256_blendv_ps(a.lo, _mm256_set1_ps(value), lo), _mm256_blendv_ps(a.hi, _mm256_set1_ps(value), hi)};
+}
+// a < b ? b : a. The instruction gives its second operand unless the first is larger.
+inline V16 max(V16 a, V16 b) { return {_mm256_max_ps(b.lo, a.lo), _mm256_max_ps(b.hi, a.hi)}; }
 // 2^a for whole numbers a in [-126, 127].
 inline __m256 pow2_half(__m256 a) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(a), _mm256_set1_epi32(127)), 23));
@@ -90,9 +103,8 @@ inline float fold_add(V16 a) {
   return _mm_cvtss_f32(_mm_add_ss(v2, _mm_shuffle_ps(v2, v2, 1)));
 }
 inline float fold_max(V16 a) {
-  alignas(32) float lane[16];
-  store(lane, a);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] < lane[i + half] ? lane[i + half] : lane[i];
-  return lane[0];
+  const __m256 v8 = _mm256_max_ps(a.hi, a.lo);
+  const __m128 v4 = _mm_max_ps(_mm256_extractf128_ps(v8, 1), _mm256_castps256_ps128(v8));
+  const __m128 v2 = _mm_max_ps(_mm_movehl_ps(v4, v4), v4);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_shuffle_ps(v2, v2, 1), v2));
 }

@@ -44,7 +44,13 @@ inline V16 sqrt(V16 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline V16 select_lt(V16 a, V16 b, V16 yes, V16 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
-inline V16 max(V16 a, V16 b) { return select_lt(a, b, b, a); }
+// Bit i: lane i of a == lane i of b. False for NaN.
+inline uint32_t mask_eq(V16 a, V16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+inline V16 set_lane(V16 a, int lane, float value) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(1u << lane), a.v, _mm512_set1_ps(value))};
+}
+// a < b ? b : a. The instruction gives its second operand unless the first is larger.
+inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(b.v, a.v)}; }
 // 2^a for whole numbers a in [-126, 127].
 inline V16 pow2(V16 a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvttps_epi32(a.v), _mm512_set1_epi32(127)), 23))};
@@ -60,9 +66,8 @@ inline float fold_add(V16 a) {
   return _mm_cvtss_f32(_mm_add_ss(v2, _mm_shuffle_ps(v2, v2, 1)));
 }
 inline float fold_max(V16 a) {
-  alignas(64) float lane[16];
-  store(lane, a);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] < lane[i + half] ? lane[i + half] : lane[i];
-  return lane[0];
+  const __m256 v8 = _mm256_max_ps(_mm512_extractf32x8_ps(a.v, 1), _mm512_castps512_ps256(a.v));
+  const __m128 v4 = _mm_max_ps(_mm256_extractf128_ps(v8, 1), _mm256_castps256_ps128(v8));
+  const __m128 v2 = _mm_max_ps(_mm_movehl_ps(v4, v4), v4);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_shuffle_ps(v2, v2, 1), v2));
 }

@@ -92,6 +92,16 @@ inline V16 select_lt(V16 a, V16 b, V16 yes, V16 no) {
   GLMX_LANES no.lane[i] = a.lane[i] < b.lane[i] ? yes.lane[i] : no.lane[i];
   return no;
 }
+// Bit i: lane i of a == lane i of b. False for NaN.
+inline uint32_t mask_eq(V16 a, V16 b) {
+  uint32_t mask = 0;
+  GLMX_LANES mask |= (a.lane[i] == b.lane[i] ? 1u : 0u) << i;
+  return mask;
+}
+inline V16 set_lane(V16 a, int lane, float value) {
+  a.lane[lane] = value;
+  return a;
+}
 inline V16 max(V16 a, V16 b) { return select_lt(a, b, b, a); }
 // 2^a for whole numbers a in [-126, 127].
 inline V16 pow2(V16 a) {

@@ -40,10 +40,10 @@ void route_topk(const RouteTopkParams& p);
 
 // Backward to the logits through the weights (and through the scores when d_scores is given).
 struct RouteTopkBackwardParams {
-  const float* d_topk_weights;  // [T, K]
+  const float* d_topk_weights;  // [T, K] or null
   const float* d_scores;        // [T, E] or null
   const float* logits;          // [T, E]
-  const int32_t* topk_ids;      // [T, K]
+  const int32_t* topk_ids;      // [T, K], each in [0, E) (else an error)
   float* d_logits;              // [T, E]
   int64_t T, E, K;
   bool norm_topk_prob;

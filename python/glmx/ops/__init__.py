@@ -11,6 +11,7 @@ from glmx.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm
 from glmx.ops.moe_combine import moe_combine
 from glmx.ops.rms_norm import rms_norm
 from glmx.ops.rope import rope, rope_cos_sin
+from glmx.ops.route_topk import route_topk
 from glmx.ops.silu_mul import silu_mul
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_cos_sin",
+    "route_topk",
     "silu_mul",
 ]

@@ -1,0 +1,19 @@
+// route_topk / base: the body of cpu/inl/route_topk.inl (which see) compiled for base.
+#include <emmintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/parallel.h"
+#include "cpu/kernels.h"
+
+namespace glmx::cpu::base {
+namespace {
+#include "cpu/base/vec.h"
+#include "cpu/inl/route_topk.inl"
+}  // namespace
+
+void route_topk(const RouteTopkParams& p) { route_topk_forward(p); }
+void route_topk_backward(const RouteTopkBackwardParams& p) { route_topk_backward_tokens(p); }
+}  // namespace glmx::cpu::base
