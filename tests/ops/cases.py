@@ -1,0 +1,677 @@
+"""Shared inputs of the op tests: seeded cases per op, and `evaluate`, which runs one with its gradients.
+
+Values come from integers, so they have the same bits on every machine (torch.randn does not). The same cases
+feed the oracle tests, the repeat tests, the ISA comparison and the golden bits. Legend: T tokens, H hidden, E
+experts, K top-k, M/N/K GEMM sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from glmx import reference
+
+BF16, F32 = torch.bfloat16, torch.float32
+DTYPES = (F32, BF16)
+NAN, INF = float("nan"), float("inf")
+
+# The op's public functions by stem: golden bits and revisions are per stem.
+STEMS = {
+    "rms_norm": ("rms_norm",),
+    "add_rms_norm": ("add_rms_norm",),
+    "silu_mul": ("silu_mul",),
+    "rope": ("rope", "rope_cos_sin"),
+    "embedding": ("embedding",),
+    "route_topk": ("route_topk",),
+    "expert_plan": ("expert_plan",),
+    "grouped_gemm": ("grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad", "linear"),
+    "moe_combine": ("moe_combine",),
+    "lm_head_logprob": ("lm_head_logprob",),
+    "sum_squares": ("sum_squares",),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `make()` gives the keyword arguments of glmx.ops.<op>, `grads` the arguments to
+    differentiate.
+    """
+
+    op: str
+    name: str
+    make: Callable[[], dict[str, Any]]
+    grads: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def values(*shape: int, seed: int = 0, dtype: torch.dtype = F32, scale: float = 1.0) -> torch.Tensor:
+    """Bell-shaped values of unit variance times `scale`, exact functions of the seed."""
+    g = torch.Generator().manual_seed(seed)
+    total = sum(torch.randint(-(2**20), 2**20, shape, generator=g, dtype=torch.int64) for _ in range(3))
+    return (total.double() * (scale / 2**20)).to(dtype)
+
+
+def spread(
+    *shape: int, seed: int = 0, dtype: torch.dtype = F32, low: int = -60, high: int = 60
+) -> torch.Tensor:
+    """Values whose exponents are uniform in [low, high]."""
+    g = torch.Generator().manual_seed(seed + 1000)
+    exponent = torch.randint(low, high + 1, shape, generator=g).double()
+    return (values(*shape, seed=seed).double() * torch.exp2(exponent)).to(dtype)
+
+
+def wild(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> torch.Tensor:
+    """The whole range of the format: denormals, tiny, huge, zeros of both signs, infinities and a NaN."""
+    x = spread(*shape, seed=seed, dtype=torch.float64, low=-140, high=126)
+    flat = x.view(-1)
+    special = [0.0, -0.0, 1e-40, -1e-39, 2.0**-126, 3.3e38, -3.3e38, INF, -INF, NAN]
+    for i, value in enumerate(special):
+        if flat.numel() > 0:
+            flat[(i * 37 + 5) % flat.numel()] = value
+    return x.to(dtype)
+
+
+def ids(
+    *shape: int, high: int, seed: int = 0, low: int = 0, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, generator=g, dtype=dtype)
+
+
+def offsets_of(counts: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+
+
+def tag(dtype: torch.dtype) -> str:
+    return {F32: "fp32", BF16: "bf16"}[dtype]
+
+
+# --- row-wise ops
+# -----------------------------------------------------------------------------------------------
+
+
+ROW_SHAPES = [(1, 1), (3, 16), (5, 17), (2, 100), (67, 33), (130, 64)]
+
+
+def rms_norm_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for T, H in ROW_SHAPES:
+            yield Case(
+                "rms_norm",
+                f"{tag(dtype)}-{T}x{H}",
+                lambda T=T, H=H, dtype=dtype: {
+                    "x": values(T, H, seed=T, dtype=dtype),
+                    "weight": values(H, seed=H + 1, dtype=dtype),
+                    "eps": 1e-5,
+                },
+                ("x", "weight"),
+            )
+        yield Case(
+            "rms_norm",
+            f"{tag(dtype)}-leading-dims",
+            lambda dtype=dtype: {
+                "x": values(2, 3, 40, dtype=dtype),
+                "weight": values(40, seed=1, dtype=dtype),
+                "eps": 1e-6,
+            },
+            ("x", "weight"),
+        )
+        yield Case(
+            "rms_norm",
+            f"{tag(dtype)}-no-rows",
+            lambda dtype=dtype: {
+                "x": values(0, 8, dtype=dtype),
+                "weight": values(8, dtype=dtype),
+                "eps": 1e-5,
+            },
+            ("x", "weight"),
+        )
+        yield Case(
+            "rms_norm",
+            f"{tag(dtype)}-wild",
+            lambda dtype=dtype: {
+                "x": wild(9, 70, dtype=dtype),
+                "weight": spread(70, seed=1, dtype=dtype, low=-8, high=8),
+                "eps": 1e-5,
+            },
+            ("x", "weight"),
+        )
+
+
+def add_rms_norm_cases() -> Iterator[Case]:
+    for case in rms_norm_cases():
+
+        def make(case: Case = case) -> dict[str, Any]:
+            kwargs = case.make()
+            return {**kwargs, "residual": values(*kwargs["x"].shape, seed=77, dtype=kwargs["x"].dtype)}
+
+        yield Case("add_rms_norm", case.name, make, ("x", "residual", "weight"))
+
+
+def silu_mul_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for T, I in [(1, 1), (4, 16), (3, 23), (40, 65), (0, 8)]:
+            yield Case(
+                "silu_mul",
+                f"{tag(dtype)}-{T}x{I}",
+                lambda T=T, I=I, dtype=dtype: {"x": values(T, 2 * I, seed=I, dtype=dtype, scale=4.0)},
+                ("x",),
+            )
+        yield Case(
+            "silu_mul", f"{tag(dtype)}-wild", lambda dtype=dtype: {"x": wild(8, 94, dtype=dtype)}, ("x",)
+        )
+
+
+def rope_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for interleaved in (False, True):
+            for T, A, d, r in [(1, 1, 2, 2), (5, 3, 16, 8), (4, 2, 70, 70), (9, 1, 40, 34), (0, 2, 8, 4)]:
+
+                def make(
+                    T: int = T,
+                    A: int = A,
+                    d: int = d,
+                    r: int = r,
+                    dtype: torch.dtype = dtype,
+                    inter: bool = interleaved,
+                ):
+                    cos, sin = reference.rope_cos_sin(torch.arange(T) * 991, r, 1e4)
+                    # Exact in 16 bits, so that libm's last bit on some machine cannot reach the golden bits.
+                    cos, sin = ((t * 2**15).round() / 2**15 for t in (cos, sin))
+                    return {"x": values(T, A, d, dtype=dtype), "cos": cos, "sin": sin, "interleaved": inter}
+
+                kind = "interleaved" if interleaved else "half"
+                yield Case("rope", f"{tag(dtype)}-{kind}-{T}x{A}x{d}r{r}", make, ("x",))
+        yield Case(
+            "rope",
+            f"{tag(dtype)}-wild",
+            lambda dtype=dtype: {
+                "x": wild(6, 2, 38, dtype=dtype),
+                "cos": values(6, 19, seed=3, scale=0.5),
+                "sin": values(6, 19, seed=4, scale=0.5),
+            },
+            ("x",),
+        )
+    for r, theta in [(2, 1e4), (64, 1e6), (66, 8e6)]:
+        yield Case(
+            "rope_cos_sin",
+            f"r{r}-theta{theta:g}",
+            lambda r=r, theta=theta: {
+                "positions": torch.tensor([0, 1, 2, 17, 4095, 131_071, 1_000_000, 1_048_575]),
+                "rotary_dim": r,
+                "theta": theta,
+            },
+        )
+    yield Case(
+        "rope_cos_sin",
+        "no-tokens",
+        lambda: {"positions": torch.empty(0, dtype=torch.int64), "rotary_dim": 8, "theta": 1e4},
+    )
+
+
+def embedding_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for T, V, H in [(1, 1, 1), (7, 5, 16), (300, 11, 33), (0, 4, 8)]:
+            yield Case(
+                "embedding",
+                f"{tag(dtype)}-{T}x{V}x{H}",
+                lambda T=T, V=V, H=H, dtype=dtype: {
+                    "ids": ids(T, high=V, seed=T),
+                    "weight": values(V, H, dtype=dtype),
+                },
+                ("weight",),
+            )
+        yield Case(
+            "embedding",
+            f"{tag(dtype)}-wild",
+            lambda dtype=dtype: {"ids": ids(20, high=6), "weight": wild(6, 19, dtype=dtype)},
+            ("weight",),
+        )
+
+
+def sum_squares_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for n in (0, 1, 15, 16, 4095, 4096, 4097, 12_345):
+            yield Case(
+                "sum_squares",
+                f"{tag(dtype)}-{n}",
+                lambda n=n, dtype=dtype: {"x": values(n, seed=n, dtype=dtype)},
+            )
+        yield Case(
+            "sum_squares",
+            f"{tag(dtype)}-range",
+            lambda dtype=dtype: {"x": spread(5, 333, dtype=dtype, low=-120, high=120)},
+        )
+        yield Case("sum_squares", f"{tag(dtype)}-wild", lambda dtype=dtype: {"x": wild(700, dtype=dtype)})
+    yield Case(
+        "sum_squares",
+        "list",
+        lambda: {"x": [values(70, 90), values(3, seed=1, dtype=BF16), values(0), values(5000, seed=2)]},
+    )
+
+
+# --- routing
+# ----------------------------------------------------------------------------------------------------
+
+
+def route_topk_cases() -> Iterator[Case]:
+    shapes = [(1, 1, 1), (6, 8, 2), (5, 13, 4), (33, 64, 8), (3, 512, 8), (4, 7, 7), (0, 8, 2)]
+    for T, E, K in shapes:
+        yield Case(
+            "route_topk",
+            f"{T}x{E}k{K}",
+            lambda T=T, E=E, K=K: {
+                "logits": values(T, E, seed=E),
+                "bias": values(E, seed=E + 1, scale=0.1),
+                "top_k": K,
+                "routed_scaling_factor": 2.5,
+                "return_scores": True,
+            },
+            ("logits",),
+        )
+    for norm in (False, True):
+        yield Case(
+            "route_topk",
+            f"groups-norm{int(norm)}",
+            lambda norm=norm: {
+                "logits": values(17, 24, seed=5),
+                "bias": values(24, seed=6, scale=0.3),
+                "top_k": 4,
+                "n_group": 6,
+                "topk_group": 3,
+                "norm_topk_prob": norm,
+            },
+            ("logits",),
+        )
+    yield Case(
+        "route_topk",
+        "ties",
+        lambda: {"logits": ties(40, 16), "bias": ties(1, 16, seed=1)[0], "top_k": 5},
+        ("logits",),
+    )
+    yield Case(
+        "route_topk",
+        "ties-groups",
+        lambda: {"logits": ties(40, 16), "bias": torch.zeros(16), "top_k": 4, "n_group": 4, "topk_group": 2},
+        ("logits",),
+    )
+    yield Case(
+        "route_topk",
+        "wild",
+        lambda: {
+            "logits": wild(11, 20),
+            "bias": spread(20, seed=2, low=-20, high=1),
+            "top_k": 6,
+            "return_scores": True,
+        },
+        ("logits",),
+    )
+    yield Case(
+        "route_topk",
+        "nan-rows",
+        lambda: {
+            "logits": torch.tensor(
+                [[NAN] * 6, [NAN, 0.0, NAN, 1.0, -INF, INF], [0.0, -0.0, 0.0, -0.0, NAN, -1.0]]
+            ),
+            "bias": torch.tensor([-0.5, -0.5, -0.5, -0.5, -0.5, NAN]),
+            "top_k": 4,
+        },
+    )
+
+
+def ties(T: int, E: int, seed: int = 0) -> torch.Tensor:
+    """Few distinct values: most selections are ties."""
+    return ids(T, E, low=-1, high=2, seed=seed).float() * 0.5
+
+
+def topk_ids(T: int, K: int, E: int, seed: int = 0, holes: bool = False) -> torch.Tensor:
+    """Distinct expert ids per token; with holes some are -1. Experts differ in popularity and some stay
+    empty.
+    """
+    g = torch.Generator().manual_seed(seed)
+    out = torch.empty(T, K, dtype=torch.int32)
+    for t in range(T):
+        used = torch.randperm(max(K, E - E // 4), generator=g)[:K]
+        out[t] = used.int()
+    if holes and T:
+        out[torch.randint(0, 3, (T, K), generator=g) == 0] = -1
+    return out
+
+
+def expert_plan_cases() -> Iterator[Case]:
+    for T, K, E in [(1, 1, 1), (5, 2, 4), (33, 8, 64), (200, 4, 7), (0, 2, 4), (3, 2, 512)]:
+        for holes in (False, True):
+            yield Case(
+                "expert_plan",
+                f"{T}x{K}e{E}-holes{int(holes)}",
+                lambda T=T, K=K, E=E, holes=holes: {
+                    "topk_ids": topk_ids(T, K, E, seed=T, holes=holes),
+                    "num_experts": E,
+                },
+            )
+    yield Case(
+        "expert_plan",
+        "all-skipped",
+        lambda: {"topk_ids": torch.full((4, 2), -1, dtype=torch.int32), "num_experts": 3},
+    )
+    yield Case(
+        "expert_plan",
+        "one-expert",
+        lambda: {"topk_ids": torch.full((9, 1), 2, dtype=torch.int32), "num_experts": 4},
+    )
+
+
+def moe_combine_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for T, K, E, H in [(1, 1, 1, 1), (7, 2, 4, 16), (20, 8, 12, 33), (0, 2, 4, 8)]:
+            for holes in (False, True):
+
+                def make(
+                    T: int = T,
+                    K: int = K,
+                    E: int = E,
+                    H: int = H,
+                    dtype: torch.dtype = dtype,
+                    holes: bool = holes,
+                ):
+                    plan = reference.expert_plan(topk_ids(T, K, E, seed=T, holes=holes), E)
+                    return {
+                        "rows": values(T * K, H, dtype=dtype),
+                        "topk_weights": values(T, K, seed=3),
+                        "inverse": plan.inverse,
+                    }
+
+                yield Case(
+                    "moe_combine",
+                    f"{tag(dtype)}-{T}x{K}x{H}-holes{int(holes)}",
+                    make,
+                    ("rows", "topk_weights"),
+                )
+
+        def make_wild(dtype: torch.dtype = dtype):
+            plan = reference.expert_plan(topk_ids(9, 3, 5, holes=True), 5)
+            return {
+                "rows": wild(27, 20, dtype=dtype),
+                "topk_weights": spread(9, 3, seed=1),
+                "inverse": plan.inverse,
+            }
+
+        yield Case("moe_combine", f"{tag(dtype)}-wild", make_wild, ("rows", "topk_weights"))
+
+
+# --- GEMM
+# -------------------------------------------------------------------------------------------------------
+
+RAGGED = [
+    ([5, 0, 3, 1], 24, 40),  # ragged with an empty expert and a one-row expert
+    ([1], 1, 1),
+    ([0, 0], 8, 16),
+    ([17, 33], 34, 64),
+    ([2, 19, 0, 0, 7], 70, 97),  # no size is a multiple of a vector
+]
+
+
+def gemm_operands(
+    counts: list[int],
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    kind: str = "plain",
+    extra_rows: int = 0,
+) -> dict[str, Any]:
+    make = {"plain": values, "spread": spread, "wild": wild}[kind]
+    R = sum(counts) + extra_rows
+    return {
+        "x": make(R, K, seed=seed, dtype=dtype),
+        "w": make(len(counts), N, K, seed=seed + 1, dtype=dtype),
+        "expert_offsets": offsets_of(counts),
+    }
+
+
+def gathered_operands(
+    T: int, top_k: int, E: int, N: int, K: int, dtype: torch.dtype, holes: bool
+) -> dict[str, Any]:
+    plan = reference.expert_plan(topk_ids(T, top_k, E, seed=T, holes=holes), E)
+    return {
+        "x": values(T, K, dtype=dtype),
+        "w": values(E, N, K, seed=1, dtype=dtype),
+        "expert_offsets": plan.expert_offsets,
+        "row_token": plan.row_token,
+        "inverse": plan.inverse,
+    }
+
+
+def grouped_gemm_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        out_dtypes = (None, F32) if dtype == BF16 else (None,)
+        for (counts, N, K), out_dtype in itertools.product(RAGGED, out_dtypes):
+            out = {} if out_dtype is None else {"out_dtype": out_dtype}
+            name = f"{tag(dtype)}-{'+'.join(map(str, counts))}x{N}x{K}{'-out32' if out else ''}"
+
+            def forward(
+                counts: list[int] = counts,
+                N: int = N,
+                K: int = K,
+                dtype: torch.dtype = dtype,
+                out: dict = out,
+            ):
+                return {**gemm_operands(counts, N, K, dtype, extra_rows=len(counts) // 2), **out}
+
+            def backward(
+                counts: list[int] = counts,
+                N: int = N,
+                K: int = K,
+                dtype: torch.dtype = dtype,
+                out: dict = out,
+            ):
+                g = gemm_operands(counts, N, K, dtype, extra_rows=len(counts) // 2)
+                dy = values(g["x"].shape[0], N, seed=9, dtype=dtype)
+                return {**g, "dy": dy, **out}
+
+            def pick(*names: str, make: Callable = backward) -> Callable[[], dict]:
+                return lambda: {
+                    k: v for k, v in make().items() if k in (*names, "expert_offsets", "out_dtype")
+                }
+
+            yield Case("grouped_gemm", name, forward, ("x", "w"))
+            yield Case("grouped_gemm_dgrad", name, pick("dy", "w"))
+            yield Case("grouped_gemm_wgrad", name, pick("dy", "x"))
+        for bias, silu in itertools.product((False, True), (False, True)):
+            for holes in (False, True):
+
+                def make(
+                    dtype: torch.dtype = dtype,
+                    bias: bool = bias,
+                    silu: bool = silu,
+                    holes: bool = holes,
+                ):
+                    kwargs = gathered_operands(21, 3, 6, 18, 50, dtype, holes)
+                    if bias:
+                        kwargs["bias"] = values(6, 18, seed=4, dtype=dtype)
+                    return {**kwargs, "silu_mul": silu}
+
+                grads = ("x", "w", "bias") if bias else ("x", "w")
+                name = f"{tag(dtype)}-gather-bias{int(bias)}-silu{int(silu)}-holes{int(holes)}"
+                yield Case("grouped_gemm", name, make, grads)
+        for kind in ("spread", "wild"):
+            for silu in (False, True):
+                yield Case(
+                    "grouped_gemm",
+                    f"{tag(dtype)}-{kind}-silu{int(silu)}",
+                    lambda kind=kind, dtype=dtype, silu=silu: {
+                        **gemm_operands([3, 0, 9], 22, 75, dtype, kind=kind),
+                        "silu_mul": silu,
+                    },
+                    ("x", "w"),
+                )
+        yield Case(
+            "grouped_gemm",
+            f"{tag(dtype)}-tiny",  # products around the smallest normal number: FTZ decides bits
+            lambda dtype=dtype: {
+                "x": spread(8, 70, dtype=dtype, low=-70, high=-58),
+                "w": spread(2, 12, 70, seed=1, dtype=dtype, low=-70, high=-58),
+                "expert_offsets": offsets_of([3, 5]),
+            },
+            ("x", "w"),
+        )
+        for T, N, K, with_bias in [
+            (1, 1, 1, False),
+            (3, 17, 33, True),
+            (40, 48, 64, False),
+            (0, 4, 8, False),
+        ]:
+
+            def make_linear(
+                T: int = T,
+                N: int = N,
+                K: int = K,
+                dtype: torch.dtype = dtype,
+                with_bias: bool = with_bias,
+            ):
+                kwargs = {"x": values(T, K, dtype=dtype), "w": values(N, K, seed=1, dtype=dtype)}
+                return {**kwargs, "bias": values(N, seed=2, dtype=dtype)} if with_bias else kwargs
+
+            grads = ("x", "w", "bias") if with_bias else ("x", "w")
+            yield Case("linear", f"{tag(dtype)}-{T}x{N}x{K}-bias{int(with_bias)}", make_linear, grads)
+    yield Case(
+        "linear",
+        "bf16-out32-leading-dims",
+        lambda: {"x": values(2, 3, 40, dtype=BF16), "w": values(5, 40, seed=1, dtype=BF16), "out_dtype": F32},
+        ("x", "w"),
+    )
+
+
+def lm_head_logprob_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for T, V, H in [(1, 1, 1), (5, 37, 16), (9, 1024, 20), (4, 2500, 33), (0, 12, 8), (260, 50, 12)]:
+
+            def make(T: int = T, V: int = V, H: int = H, dtype: torch.dtype = dtype):
+                return {
+                    "hidden": values(T, H, dtype=dtype),
+                    "weight": values(V, H, seed=1, dtype=dtype),
+                    "ids": ids(T, low=-1 if V > 1 else 0, high=V, seed=T),
+                    "temperature": 0.7,
+                    "top_n": min(3, V),
+                }
+
+            yield Case("lm_head_logprob", f"{tag(dtype)}-{T}x{V}x{H}", make, ("hidden", "weight"))
+        yield Case(
+            "lm_head_logprob",
+            f"{tag(dtype)}-ties",
+            lambda dtype=dtype: {
+                "hidden": values(3, 8, dtype=dtype),
+                "weight": values(7, 8, seed=1, dtype=dtype).repeat(300, 1),
+                "ids": torch.tensor([2099, 0, 7]),
+                "top_n": 5,
+            },
+            ("hidden", "weight"),
+        )
+        yield Case(
+            "lm_head_logprob",
+            f"{tag(dtype)}-spread",
+            lambda dtype=dtype: {
+                "hidden": spread(4, 24, dtype=dtype, low=-30, high=4),
+                "weight": spread(90, 24, seed=1, dtype=dtype, low=-30, high=3),
+                "ids": ids(4, high=90),
+                "top_n": 4,
+            },
+            ("hidden", "weight"),
+        )
+        yield Case(
+            "lm_head_logprob",
+            f"{tag(dtype)}-wild",
+            lambda dtype=dtype: {
+                "hidden": wild(6, 24, dtype=dtype),
+                "weight": values(90, 24, seed=1, dtype=dtype),
+                "ids": ids(6, high=90),
+                "top_n": 4,
+            },
+        )
+
+
+CASES: dict[str, list[Case]] = {
+    stem: list(globals()[f"{stem}_cases"]()) for stem in STEMS if f"{stem}_cases" in globals()
+}
+
+
+def cases(op: str, *, wild: bool = True) -> list[Case]:
+    """The cases of one public function; without `wild`, only those an fp64 oracle can judge element by
+    element.
+    """
+    found = [case for stem, names in STEMS.items() if op in names for case in CASES[stem] if case.op == op]
+    return (
+        found if wild else [case for case in found if not any(w in case.name for w in ("wild", "nan-rows"))]
+    )
+
+
+# --- running a case
+# ---------------------------------------------------------------------------------------------
+
+
+def named_tensors(result: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an op's result: a tensor, a tuple or a NamedTuple."""
+    if isinstance(result, torch.Tensor):
+        return {"out": result}
+    names = getattr(result, "_fields", [f"out{i}" for i in range(len(result))])
+    return dict(zip(names, result, strict=True))
+
+
+def cotangent(name: str, out: torch.Tensor) -> torch.Tensor:
+    """A fixed upstream gradient for each output."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    return values(*out.shape, seed=seed, dtype=torch.float64).to(out.dtype)
+
+
+def with_grad(
+    kwargs: dict[str, Any], grads: tuple[str, ...], dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Copies of the arguments, those to differentiate as leaves (in `dtype`, if given)."""
+    out = dict(kwargs)
+    for name in grads:
+        out[name] = kwargs[name].detach().to(dtype or kwargs[name].dtype, copy=True).requires_grad_()
+    return out
+
+
+def evaluate(
+    ops: ModuleType | Any, case: Case, *, gradients: bool = True, **extra: Any
+) -> dict[str, torch.Tensor]:
+    """Outputs and gradients ("d_<argument>") of one case under `ops`, glmx.ops or glmx.reference."""
+    kwargs = with_grad(case.make(), case.grads if gradients else ())
+    tensors = named_tensors(getattr(ops, case.op)(**kwargs, **extra))
+    out = {name: tensor.detach() for name, tensor in tensors.items()}
+    if gradients and case.grads:
+        live = {n: t for n, t in tensors.items() if t.requires_grad}
+        torch.autograd.backward(list(live.values()), [cotangent(n, t) for n, t in live.items()])
+        out.update({f"d_{name}": kwargs[name].grad for name in case.grads})
+    return out
+
+
+def canonical(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits as integers, every NaN alike (payloads are not part of the promise), zeros keep their sign."""
+    tensor = tensor.detach().contiguous()
+    if not tensor.is_floating_point():
+        return tensor
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return torch.where(tensor.isnan(), torch.full((), NAN, dtype=tensor.dtype), tensor).view(ints)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(canonical(a), canonical(b)))
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        sha.update(canonical(tensor).numpy().tobytes())
+    return sha.hexdigest()
