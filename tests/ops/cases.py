@@ -60,9 +60,7 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = F32, scale: float = 
     return (total.double() * (scale / 2**20)).to(dtype)
 
 
-def spread(
-    *shape: int, seed: int = 0, dtype: torch.dtype = F32, low: int = -60, high: int = 60
-) -> torch.Tensor:
+def spread(*shape: int, seed: int = 0, dtype: torch.dtype = F32, low: int = -60, high: int = 60) -> torch.Tensor:
     """Values whose exponents are uniform in [low, high]."""
     g = torch.Generator().manual_seed(seed + 1000)
     exponent = torch.randint(low, high + 1, shape, generator=g).double()
@@ -80,9 +78,7 @@ def wild(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> torch.Tensor:
     return x.to(dtype)
 
 
-def ids(
-    *shape: int, high: int, seed: int = 0, low: int = 0, dtype: torch.dtype = torch.int64
-) -> torch.Tensor:
+def ids(*shape: int, high: int, seed: int = 0, low: int = 0, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randint(low, high, shape, generator=g, dtype=dtype)
 
@@ -137,6 +133,26 @@ def rms_norm_cases() -> Iterator[Case]:
         )
         yield Case(
             "rms_norm",
+            f"{tag(dtype)}-small",  # eps is as large as the mean of squares
+            lambda dtype=dtype: {
+                "x": values(5, 48, dtype=dtype, scale=2.0**-8),
+                "weight": values(48, seed=1, dtype=dtype),
+                "eps": 1e-5,
+            },
+            ("x", "weight"),
+        )
+        yield Case(
+            "rms_norm",
+            f"{tag(dtype)}-tiny",  # results around the smallest normal number: FTZ decides bits
+            lambda dtype=dtype: {
+                "x": spread(6, 40, dtype=dtype, low=-20, high=0),
+                "weight": spread(40, seed=1, dtype=dtype, low=-130, high=-118),
+                "eps": 1e-5,
+            },
+            ("x", "weight"),
+        )
+        yield Case(
+            "rms_norm",
             f"{tag(dtype)}-wild",
             lambda dtype=dtype: {
                 "x": wild(9, 70, dtype=dtype),
@@ -166,9 +182,7 @@ def silu_mul_cases() -> Iterator[Case]:
                 lambda T=T, I=I, dtype=dtype: {"x": values(T, 2 * I, seed=I, dtype=dtype, scale=4.0)},
                 ("x",),
             )
-        yield Case(
-            "silu_mul", f"{tag(dtype)}-wild", lambda dtype=dtype: {"x": wild(8, 94, dtype=dtype)}, ("x",)
-        )
+        yield Case("silu_mul", f"{tag(dtype)}-wild", lambda dtype=dtype: {"x": wild(8, 94, dtype=dtype)}, ("x",))
 
 
 def rope_cases() -> Iterator[Case]:
@@ -319,9 +333,7 @@ def route_topk_cases() -> Iterator[Case]:
         "route_topk",
         "nan-rows",
         lambda: {
-            "logits": torch.tensor(
-                [[NAN] * 6, [NAN, 0.0, NAN, 1.0, -INF, INF], [0.0, -0.0, 0.0, -0.0, NAN, -1.0]]
-            ),
+            "logits": torch.tensor([[NAN] * 6, [NAN, 0.0, NAN, 1.0, -INF, INF], [0.0, -0.0, 0.0, -0.0, NAN, -1.0]]),
             "bias": torch.tensor([-0.5, -0.5, -0.5, -0.5, -0.5, NAN]),
             "top_k": 4,
         },
@@ -438,9 +450,7 @@ def gemm_operands(
     }
 
 
-def gathered_operands(
-    T: int, top_k: int, E: int, N: int, K: int, dtype: torch.dtype, holes: bool
-) -> dict[str, Any]:
+def gathered_operands(T: int, top_k: int, E: int, N: int, K: int, dtype: torch.dtype, holes: bool) -> dict[str, Any]:
     plan = reference.expert_plan(topk_ids(T, top_k, E, seed=T, holes=holes), E)
     return {
         "x": values(T, K, dtype=dtype),
@@ -479,9 +489,7 @@ def grouped_gemm_cases() -> Iterator[Case]:
                 return {**g, "dy": dy, **out}
 
             def pick(*names: str, make: Callable = backward) -> Callable[[], dict]:
-                return lambda: {
-                    k: v for k, v in make().items() if k in (*names, "expert_offsets", "out_dtype")
-                }
+                return lambda: {k: v for k, v in make().items() if k in (*names, "expert_offsets", "out_dtype")}
 
             yield Case("grouped_gemm", name, forward, ("x", "w"))
             yield Case("grouped_gemm_dgrad", name, pick("dy", "w"))
@@ -609,9 +617,7 @@ def cases(op: str, *, wild: bool = True) -> list[Case]:
     element.
     """
     found = [case for stem, names in STEMS.items() if op in names for case in CASES[stem] if case.op == op]
-    return (
-        found if wild else [case for case in found if not any(w in case.name for w in ("wild", "nan-rows"))]
-    )
+    return found if wild else [case for case in found if not any(w in case.name for w in ("wild", "nan-rows"))]
 
 
 # --- running a case
@@ -632,9 +638,7 @@ def cotangent(name: str, out: torch.Tensor) -> torch.Tensor:
     return values(*out.shape, seed=seed, dtype=torch.float64).to(out.dtype)
 
 
-def with_grad(
-    kwargs: dict[str, Any], grads: tuple[str, ...], dtype: torch.dtype | None = None
-) -> dict[str, Any]:
+def with_grad(kwargs: dict[str, Any], grads: tuple[str, ...], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Copies of the arguments, those to differentiate as leaves (in `dtype`, if given)."""
     out = dict(kwargs)
     for name in grads:
@@ -642,9 +646,7 @@ def with_grad(
     return out
 
 
-def evaluate(
-    ops: ModuleType | Any, case: Case, *, gradients: bool = True, **extra: Any
-) -> dict[str, torch.Tensor]:
+def evaluate(ops: ModuleType | Any, case: Case, *, gradients: bool = True, **extra: Any) -> dict[str, torch.Tensor]:
     """Outputs and gradients ("d_<argument>") of one case under `ops`, glmx.ops or glmx.reference."""
     kwargs = with_grad(case.make(), case.grads if gradients else ())
     tensors = named_tensors(getattr(ops, case.op)(**kwargs, **extra))

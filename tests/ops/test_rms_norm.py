@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from glmx import ops, reference
 from tests.ops.cases import BF16, DTYPES, F32, NAN, Case, cases, cotangent, evaluate, same_bits, values, with_grad
 from tests.ops.checks import F64, TINY, U32, UNIT, assert_within
+from tests.ops.properties import check_rows_stand_alone
 
 
 def forward_bound(exact: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -63,6 +64,16 @@ def test_gradients(case: Case) -> None:
         assert_within(got[f"d_{name}"], exact[name].grad, bounds[name], name)
 
 
+def test_bf16_rounds_before_the_weight() -> None:
+    """The oracle that rounds twice differs only where fp32 arithmetic crosses a rounding edge, 1 in 2^16
+    elements or so; one that rounds once differs in a fifth of them.
+    """
+    x, w = values(64, 96, dtype=BF16), values(96, seed=1, dtype=BF16)
+    got = ops.rms_norm(x, w, 1e-5)
+    assert (got != reference.rms_norm(x, w, 1e-5)).float().mean() < 0.002
+    assert (got != reference.rms_norm(x, w, 1e-5, exact=True).bfloat16()).float().mean() > 0.05
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_inf_stay_in_their_row(dtype: torch.dtype) -> None:
     x = values(4, 20, dtype=dtype)
@@ -77,15 +88,9 @@ def test_nan_and_inf_stay_in_their_row(dtype: torch.dtype) -> None:
 @given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 1000), st.sampled_from(DTYPES))
 @settings(max_examples=40, deadline=None)
 def test_x2_a_row_does_not_see_the_others(T: int, H: int, seed: int, dtype: torch.dtype) -> None:
-    x, w = values(T, H, seed=seed, dtype=dtype).requires_grad_(), values(H, seed=seed + 1, dtype=dtype)
-    dy = values(T, H, seed=seed + 2, dtype=dtype)
-    y = ops.rms_norm(x, w, 1e-5)
-    y.backward(dy)
-    order = torch.randperm(T, generator=torch.Generator().manual_seed(seed))[: max(1, T - 1)]
-    part = x.detach()[order].requires_grad_()
-    y_part = ops.rms_norm(part, w, 1e-5)
-    y_part.backward(dy[order])
-    assert same_bits(y_part, y[order]) and same_bits(part.grad, x.grad[order])
+    w = values(H, seed=seed + 1, dtype=dtype)
+    x = values(T, H, seed=seed, dtype=dtype)
+    check_rows_stand_alone(lambda x: ops.rms_norm(x, w, 1e-5), {"x": x}, seed, ("x",))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
