@@ -143,7 +143,7 @@ def rms_norm_cases() -> Iterator[Case]:
         )
         yield Case(
             "rms_norm",
-            f"{tag(dtype)}-tiny",  # results around the smallest normal number: FTZ decides bits
+            f"{tag(dtype)}-wild-tiny",  # results around the smallest normal number: FTZ decides bits
             lambda dtype=dtype: {
                 "x": spread(6, 40, dtype=dtype, low=-20, high=0),
                 "weight": spread(40, seed=1, dtype=dtype, low=-130, high=-118),

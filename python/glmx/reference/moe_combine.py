@@ -13,11 +13,11 @@ def moe_combine(
     """rows [R, H], topk_weights [T, K], inverse int32 [T, K] -> [T, H] = sum_k weight[t,k] *
     rows[inverse[t,k]].
     """
-    out = torch.zeros(inverse.shape[0], rows.shape[1], dtype=F64)
+    R, H = rows.shape
+    padded = torch.cat((rows.to(F64), torch.zeros(1, H, dtype=F64)))  # row R: what a skipped pair reads
+    out = torch.zeros(inverse.shape[0], H, dtype=F64)
     for k in range(inverse.shape[1]):
         index = inverse[:, k].long()
-        if rows.shape[0] == 0:
-            continue
-        term = topk_weights[:, k, None].to(F64) * rows[index.clamp(min=0)].to(F64)
+        term = topk_weights[:, k, None].to(F64) * padded[torch.where(index < 0, R, index)]
         out = out + torch.where((index >= 0)[:, None], term, torch.zeros((), dtype=F64))
     return out if exact else out.to(rows.dtype)
