@@ -18,6 +18,8 @@ from glmx.train import checkpoint, loop
 from glmx.train.config import make_config
 from glmx.train.loop import pretrain
 
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
 # Runs a configuration in a process of its own and kills it at a named point.
 CHILD = """
 import json, os, signal, sys
@@ -62,7 +64,7 @@ def fingerprint(out):
         name: hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, t in tensors.items()
     }
-    assert {"rng.torch", "router_bias.0", "master.lm_head.weight", "lm_head.weight"} <= hashes.keys()
+    assert {"rng.torch", "exp_avg_sq.lm_head.weight", "lm_head.weight", BIAS} <= hashes.keys()
     state = json.loads((path / "trainer" / "state.json").read_text())
     log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     for record in log:

@@ -2,7 +2,7 @@
 
     OUT/log.jsonl               one record per optimizer step, one per held-out measurement
     OUT/step-00001200/          a complete Hugging Face directory, and
-        trainer/state.safetensors   masters, moments and router biases by parameter name, RNG state
+        trainer/state.safetensors   masters and moments by parameter name, RNG state
         trainer/state.json          step, tokens, data cursor, seconds, configuration
     OUT/latest                  the name of the newest
 

@@ -105,7 +105,6 @@ class Run:
         if self.saved and self.saved.name == checkpoint.step_name(self.step):
             return
         tensors = self.optim.state_dict()
-        tensors |= {f"router_bias.{index}": bias for index, bias in enumerate(self.biases)}
         tensors["rng.torch"] = torch.get_rng_state()
         state = {
             "tokens": self.tokens,
@@ -128,8 +127,6 @@ class Run:
         tensors, state = dict(saved.tensors), saved.state
         try:
             torch.set_rng_state(tensors.pop("rng.torch"))
-            for index, bias in enumerate(self.biases):
-                bias.copy_(tensors.pop(f"router_bias.{index}"))
             self.optim.load_state_dict(tensors, state["updates"])
             self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
             cursor = state["cursor"]
