@@ -3,6 +3,7 @@ it.
 """
 
 import json
+import os
 
 import pytest
 import torch
@@ -110,3 +111,11 @@ def test_errors_name_the_path(tmp_path):
     (path / "trainer" / "state.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="step-00000009/trainer cannot be resumed"):
         checkpoint.read(path)
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path):
+    handle = checkpoint.lock(tmp_path)
+    with pytest.raises(CheckpointError, match="another process is training in"):
+        checkpoint.lock(tmp_path)
+    os.close(handle)
+    os.close(checkpoint.lock(tmp_path))

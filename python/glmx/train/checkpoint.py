@@ -12,6 +12,7 @@ leaves the last good one. Resuming cuts log.jsonl back to the checkpoint's step.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -104,6 +105,17 @@ def read(path: Path) -> Saved:
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{trainer}/state.json has format {state.get('format')!r}, expected {FORMAT}")
     return Saved(path, tensors, state)
+
+
+def lock(out: Path) -> int:
+    """An open handle that keeps other processes from training in OUT until it is closed. Raises CheckpointError."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise CheckpointError(f"another process is training in {out}") from None
+    return handle
 
 
 def clean(out: Path) -> None:

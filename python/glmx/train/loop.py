@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ def pretrain(
 
     Raises ConfigError, CheckpointError, and GlmxError when the loss is no longer finite.
     """
-    run = Run.start(config)
     heldout = None
     with (
+        closing(Run.start(config)) as run,
         run.open_log(on_record) as log,
         RunProgress(config.total_steps, run.step, config.train.minutes, quiet) as progress,
         StopRequest(config.train.minutes) as stop,

@@ -40,6 +40,7 @@ class Run:
         self.tokenizer_dir = _tokenizer_dir(config)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.saved: Path | None = None
+        self.lock = -1
         self.with_mtp = config.mtp_loss_weight > 0 and model.config.num_nextn_predict_layers > 0
         optim = config.optim
         self.optim = AdamW(
@@ -90,9 +91,16 @@ class Run:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out is {config.out!r}: {error.strerror}") from None
+        run.lock = checkpoint.lock(out)
         checkpoint.clean(out)
         checkpoint.cut_log(out / "log.jsonl", run.step)
         return run
+
+    def close(self) -> None:
+        """Lets another process train in `out`."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
 
     def next_batch(self) -> list[PackedBatch]:
         """The micro-batches of the next optimizer step."""
