@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTHON := $(shell sh cmake/toolchain.sh python)
 MISSING := $(shell sh cmake/toolchain.sh check)
-BUILD_REQUIRES = $(shell $(BIN)/python -c "import tomllib; print(*(repr(r) for r in tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires']))")
+BUILD_REQUIRES = $(shell $(PYTHON) -c "import tomllib; print(*(repr(r) for r in tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires']))")
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
