@@ -1,0 +1,67 @@
+"""Which kernel each op runs under each GLMX_ISA pin: the list is written down, and the table must equal it.
+
+An op without a kernel for a pin names the one it runs. bf16 grouped_gemm has a kernel for every pin; fp32
+products have no tile instruction, so under the amx pin they name avx512.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+from tests.build.tree import ISAS, PACKAGE, PENDING, ROOT, landed, output, stems
+
+VECTOR = ("base", "avx2", "avx512", "avx512")  # under base, avx2, avx512, amx
+EXPECTED = {
+    "route_topk": VECTOR,
+    "expert_plan": ("base", "base", "base", "base"),
+    "grouped_gemm bf16": ("base", "avx2", "avx512", "amx"),
+    "grouped_gemm fp32": VECTOR,
+    "moe_combine": VECTOR,
+    "rms_norm": VECTOR,
+    "add_rms_norm": VECTOR,
+    "silu_mul": VECTOR,
+    "rope": VECTOR,
+    "embedding": VECTOR,
+    "lm_head_logprob": VECTOR,
+    "sum_squares": VECTOR,
+}
+
+
+@pytest.mark.parametrize("level", ISAS)
+def test_table_of_a_level(level):
+    """The static table can be asked about every level, also those that this machine lacks."""
+    from glmx import _native
+
+    if level in PENDING and not (ROOT / "csrc/cpu/amx/grouped_gemm.cpp").exists():
+        pytest.skip("being written")
+    got = {f"{row['op']} {row['variant']}".strip(): row["kernel"] for row in _native.kernel_table(level)}
+    assert got == {name: kernels[ISAS.index(level)] for name, kernels in EXPECTED.items() if landed(name.split()[0])}
+
+
+def test_every_op_is_listed():
+    assert list(dict.fromkeys(name.split()[0] for name in EXPECTED)) == stems()
+
+
+def in_process(level: str) -> str:
+    code = "import json; from glmx import _native as n; print(json.dumps([n.active_isa(), n.kernel_table()]))"
+    env = {**os.environ, "GLMX_ISA": level, "PYTHONPATH": str(PACKAGE.parent)}
+    return output(sys.executable, "-c", code, env=env)
+
+
+@pytest.mark.parametrize("level", ISAS)
+def test_pin_is_in_force(level):
+    """GLMX_ISA in the environment of a fresh process gives the same table."""
+    from glmx import _native
+
+    if level not in _native.supported_isas():
+        pytest.skip(f"this machine has no {level}")
+    active, table = json.loads(in_process(level))
+    assert active == level and table == _native.kernel_table(level)
+
+
+def test_unknown_pin_is_refused_by_name():
+    with pytest.raises(AssertionError, match="GLMX_ISA=sse9: expected one of base, avx2, avx512, amx"):
+        in_process("sse9")

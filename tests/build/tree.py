@@ -1,0 +1,63 @@
+"""What the tests of the build know about the tree: its root, the stems of ops.h, the objects of the build."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "python" / "glmx"
+OPS_H = ROOT / "csrc" / "include" / "glmx" / "ops.h"
+ISAS = ("base", "avx2", "avx512", "amx")
+
+
+def stems() -> list[str]:
+    """The ops, in the order of ops.h: each has one `inline constexpr int k<Name>Revision`."""
+    names = re.findall(r"inline constexpr int k(\w+?)Revision\b", OPS_H.read_text())
+    return [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name in names]
+
+
+# Being written now; goes with the last of step 1.
+PENDING = ("tests/ops/", "bench/ops/", "docs/ops/rms_norm.md", "amx")
+
+
+def landed(stem: str) -> bool:
+    """Until step 1 is complete: an op with no C++ file at all has not been started; one with some must be whole."""
+    return (ROOT / f"csrc/ops/{stem}.cpp").exists()
+
+
+def sources(*suffixes: str, under: str = "csrc") -> list[pathlib.Path]:
+    return sorted(path for path in (ROOT / under).rglob("*") if path.suffix in suffixes and path.is_file())
+
+
+def relative(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def unavailable(reason: str) -> None:
+    """A skip with its reason; under GLMX_STRICT=1 a failure."""
+    if os.environ.get("GLMX_STRICT") == "1":
+        pytest.fail(f"GLMX_STRICT=1: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def output(*command: str | os.PathLike, **kwargs) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def isa_objects() -> list[pathlib.Path]:
+    """The object files of the ISA folders, of the newest build in build/."""
+    builds = [path.parent for path in (ROOT / "build").glob("cmake-*/CMakeCache.txt")]
+    found = [sorted(build.glob("CMakeFiles/glmx_cpu_*.dir/csrc/cpu/*/*.o")) for build in builds]
+    found = [objects for objects in found if objects]
+    if not found:
+        unavailable("no object files in build/: run `make dev`")
+    objects = max(found, key=lambda group: max(path.stat().st_mtime for path in group))
+    # An object whose source is gone is a leftover of an earlier build.
+    return [path for path in objects if (ROOT / "csrc/cpu" / path.parent.name / path.stem).exists()]
