@@ -25,9 +25,7 @@ def gemm_bound(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return gemm_unit(K) * (x.to(F64).abs() @ w.to(F64).abs().T) + (K + 2) * TINY
 
 
-def assert_within(
-    actual: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor | float, what: str = ""
-) -> None:
+def assert_within(actual: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor | float, what: str = "") -> None:
     """|actual - exact| <= bound at every element; NaN and infinities at the same places."""
     got, exact = actual.detach().to(F64), exact.detach().to(F64)
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
