@@ -18,6 +18,7 @@
   void silu_mul_backward(const SiluMulBackwardParams& p);          \
   void rope_cos_sin(const RopeCosSinParams& p);                    \
   void rope(const RopeParams& p);                                  \
+  void embedding(const EmbeddingParams& p);                        \
   void embedding_backward(const EmbeddingBackwardParams& p);       \
   void sum_squares(const SumSquaresParams& p);
 

@@ -22,6 +22,8 @@ const std::vector<OpInfo>& op_table() {
       add_rms_norm_info(),
       silu_mul_info(),
       rope_info(),
+      embedding_info(),
+      sum_squares_info(),
   };
   // clang-format on
   return table;

@@ -12,4 +12,6 @@ OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();
 OpInfo silu_mul_info();
 OpInfo rope_info();
+OpInfo embedding_info();
+OpInfo sum_squares_info();
 }  // namespace glmx

@@ -1,5 +1,5 @@
 // D8 / avx2: eight virtual fp64 lanes in two 256-bit registers. Same bits as base/vec64.h, operation by operation.
-// Included inside an anonymous namespace, after <immintrin.h>, <cstdint>, <cstring>.
+// Included inside an anonymous namespace, after vec.h and <immintrin.h>, <cstdint>, <cstring>.
 
 struct D8 {
   __m256d lo, hi;  // lanes 0-3, 4-7
@@ -20,6 +20,16 @@ inline __m256d select_bit_half(__m256d bits, int bit, __m256d yes, __m256d no) {
 }
 inline D8 select_bit(D8 bits, int bit, D8 yes, D8 no) {
   return {select_bit_half(bits.lo, bit, yes.lo, no.lo), select_bit_half(bits.hi, bit, yes.hi, no.hi)};
+}
+inline __m256d widen4(__m256 a, int half) { return _mm256_cvtps_pd(half == 0 ? _mm256_castps256_ps128(a) : _mm256_extractf128_ps(a, 1)); }
+// Lanes 0-7 and 8-15, exactly.
+inline D8 widen_low(V16 a) { return {widen4(a.lo, 0), widen4(a.lo, 1)}; }
+inline D8 widen_high(V16 a) { return {widen4(a.hi, 0), widen4(a.hi, 1)}; }
+// Folded 8 -> 4 -> 2 -> 1: lane j with lane j + half.
+inline double fold_add(D8 a) {
+  const __m256d v4 = _mm256_add_pd(a.lo, a.hi);
+  const __m128d v2 = _mm_add_pd(_mm256_castpd256_pd128(v4), _mm256_extractf128_pd(v4, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(v2, _mm_unpackhi_pd(v2, v2)));
 }
 // The first n lanes, rounded to fp32.
 inline void store_f32_n(float* p, D8 a, int n) {

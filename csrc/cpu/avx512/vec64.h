@@ -1,5 +1,5 @@
 // D8 / avx512: eight fp64 lanes in one 512-bit register. Same bits as base/vec64.h, operation by operation.
-// Included inside an anonymous namespace, after <immintrin.h>, <cstdint>, <cstring>.
+// Included inside an anonymous namespace, after vec.h and <immintrin.h>, <cstdint>, <cstring>.
 
 struct D8 {
   __m512d v;
@@ -17,6 +17,15 @@ inline D8 fma(D8 a, D8 b, D8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 inline D8 select_bit(D8 bits, int bit, D8 yes, D8 no) {
   const __mmask8 set = _mm512_test_epi64_mask(_mm512_castpd_si512(bits.v), _mm512_set1_epi64(1LL << bit));
   return {_mm512_mask_blend_pd(set, no.v, yes.v)};
+}
+// Lanes 0-7 and 8-15, exactly.
+inline D8 widen_low(V16 a) { return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v))}; }
+inline D8 widen_high(V16 a) { return {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))}; }
+// Folded 8 -> 4 -> 2 -> 1: lane j with lane j + half.
+inline double fold_add(D8 a) {
+  const __m256d v4 = _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
+  const __m128d v2 = _mm_add_pd(_mm256_castpd256_pd128(v4), _mm256_extractf128_pd(v4, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(v2, _mm_unpackhi_pd(v2, v2)));
 }
 // The first n lanes, rounded to fp32.
 inline void store_f32_n(float* p, D8 a, int n) {

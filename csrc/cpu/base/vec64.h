@@ -1,5 +1,5 @@
 // D8 / base: eight virtual fp64 lanes in plain C++. It defines the bits that avx2/vec64.h and avx512/vec64.h reproduce.
-// Included inside an anonymous namespace, after <emmintrin.h>, <cmath>, <cstdint>, <cstring>.
+// Included inside an anonymous namespace, after vec.h and <emmintrin.h>, <cmath>, <cstdint>, <cstring>.
 
 struct D8 {
   double lane[8];
@@ -43,6 +43,23 @@ inline D8 select_bit(D8 bits, int bit, D8 yes, D8 no) {
     no.lane[i] = ((word >> bit) & 1u) != 0 ? yes.lane[i] : no.lane[i];
   }
   return no;
+}
+// Lanes 0-7 and 8-15, exactly.
+inline D8 widen_low(V16 a) {
+  D8 r;
+  GLMX_LANES r.lane[i] = static_cast<double>(a.lane[i]);
+  return r;
+}
+inline D8 widen_high(V16 a) {
+  D8 r;
+  GLMX_LANES r.lane[i] = static_cast<double>(a.lane[i + 8]);
+  return r;
+}
+// Folded 8 -> 4 -> 2 -> 1: lane j with lane j + half.
+inline double fold_add(D8 a) {
+  for (int half = 4; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.lane[i] = a.lane[i] + a.lane[i + half];
+  return a.lane[0];
 }
 // The first n lanes, rounded to fp32.
 inline void store_f32_n(float* p, D8 a, int n) {

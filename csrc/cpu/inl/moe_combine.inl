@@ -10,10 +10,10 @@
 // Measured   one core of a shared AMD EPYC (Zen 4), bf16, H = 256, K = 4, T = 4096: 190 ns a token forward, 250 ns backward
 // Limits     rows named by inverse are checked in ops/moe_combine.cpp
 
+#include "cpu/inl/rows.inl"
+
 constexpr int64_t kTokens = 32, kRows = 64;  // an item is 16 to 100 us at H = 4096, K = 8: long against the counter, short against a step
 constexpr int kWide = 4;                     // V16 per pass: four accumulators hide the latency of fma
-
-inline int lanes(int64_t left) { return left < 16 ? static_cast<int>(left) : 16; }
 
 template <class T>
 void combine_token(const MoeCombineParams& p, int64_t t) {
@@ -46,7 +46,7 @@ void combine_token(const MoeCombineParams& p, int64_t t) {
 template <class T>
 void combine_block(void* context, int64_t block) {
   const MoeCombineParams& p = *static_cast<const MoeCombineParams*>(context);
-  const int64_t end = (block + 1) * kTokens < p.T ? (block + 1) * kTokens : p.T;
+  const int64_t end = min_i64((block + 1) * kTokens, p.T);
   for (int64_t t = block * kTokens; t < end; ++t) combine_token<T>(p, t);
 }
 
@@ -79,7 +79,7 @@ void backward_row(const MoeCombineBackwardParams& p, int64_t r) {
 template <class T>
 void backward_block(void* context, int64_t block) {
   const MoeCombineBackwardParams& p = *static_cast<const MoeCombineBackwardParams*>(context);
-  const int64_t end = (block + 1) * kRows < p.R ? (block + 1) * kRows : p.R;
+  const int64_t end = min_i64((block + 1) * kRows, p.R);
   for (int64_t r = block * kRows; r < end; ++r) backward_row<T>(p, r);
 }
 

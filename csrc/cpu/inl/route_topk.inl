@@ -12,11 +12,10 @@
 //            backward 60 and 70 ns
 // Limits     1 <= K <= E <= 512 and the groups are checked in ops/route_topk.cpp
 
+#include "cpu/inl/rows.inl"
 #include "cpu/inl/vec_math.inl"
 
 constexpr int kMaxExperts = 512, kTokens = 64;
-
-inline int lanes(int64_t left) { return left < 16 ? static_cast<int>(left) : 16; }
 
 // The indices of the k largest of value[0..n), descending, ties to the lower index. No NaN among the values: it marks the ones
 // already taken, and up to the next multiple of 16 the array is scratch.
@@ -101,7 +100,7 @@ inline void route_block(void* context, int64_t block) {
   const RouteTopkParams& p = *static_cast<const RouteTopkParams*>(context);
   int32_t counts[kMaxExperts];
   for (int64_t e = 0; e < p.E; ++e) counts[e] = 0;
-  const int64_t end = (block + 1) * kTokens < p.T ? (block + 1) * kTokens : p.T;
+  const int64_t end = min_i64((block + 1) * kTokens, p.T);
   for (int64_t t = block * kTokens; t < end; ++t) route_token(p, t, counts);
   for (int64_t e = 0; e < p.E; ++e) {  // integers: the order of the additions cannot show
     if (counts[e] != 0) __atomic_fetch_add(p.expert_counts + e, counts[e], __ATOMIC_RELAXED);
@@ -157,7 +156,7 @@ inline void backward_token(const RouteTopkBackwardParams& p, int64_t t) {
 
 inline void backward_block(void* context, int64_t block) {
   const RouteTopkBackwardParams& p = *static_cast<const RouteTopkBackwardParams*>(context);
-  const int64_t end = (block + 1) * kTokens < p.T ? (block + 1) * kTokens : p.T;
+  const int64_t end = min_i64((block + 1) * kTokens, p.T);
   for (int64_t t = block * kTokens; t < end; ++t) backward_token(p, t);
 }
 

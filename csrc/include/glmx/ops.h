@@ -229,7 +229,8 @@ struct RopeParams {
 };
 void rope(const RopeParams& p);
 
-// embedding: y[t, :] = weight[ids[t], :]. Backward: d_weight[v, :] = fp32 sum over the tokens with id v, in token order.
+// embedding: y[t, :] = weight[ids[t], :], bits unchanged (denormals too: it is a copy). Backward: d_weight[v, :] = fp32 sum over the tokens
+// with id v, in token order.
 inline constexpr int kEmbeddingRevision = 1;
 struct EmbeddingParams {
   const int64_t* ids;  // [T], each in [0, V) (else an error)
@@ -244,8 +245,10 @@ struct EmbeddingBackwardParams {
   const int64_t* ids;  // [T]
   const void* dy;      // [T, H] dtype
   float* d_weight;     // [V, H]
-  int64_t T, V, H;
-  bool accumulate;  // keep what d_weight holds and add to it; else rows that no token names are zeros
+  int32_t* offsets;    // workspace [V + 1]
+  int32_t* order;      // workspace [T]
+  int64_t T, V, H;     // T < 2^31 - 1
+  bool accumulate;     // d_weight = d_weight + sum; else rows that no token names are zeros
   DType dtype;
 };
 void embedding_backward(const EmbeddingBackwardParams& p);
@@ -291,12 +294,14 @@ struct LmHeadLogprobBackwardParams {
 int64_t lm_head_logprob_backward_workspace(const LmHeadLogprobBackwardParams& p);
 void lm_head_logprob_backward(const LmHeadLogprobBackwardParams& p);
 
-// sum_squares: the sum of x_i^2 in fp64: chunks of 4096 elements, sixteen lanes each (fma), folded, chunks added in order.
+// sum_squares: the sum of x_i^2 in fp64: chunks of 4096 elements, sixteen lanes each, folded, chunks added in order.
+//   The square of an fp32 is exact in fp64, so a lane step is rounded once, with or without fma.
 inline constexpr int kSumSquaresRevision = 1;
+inline constexpr int64_t kSumSquaresChunk = 4096;  // elements; part of the bits
 struct SumSquaresParams {
   const void* x;    // [n] dtype
   double* out;      // [1]
-  double* partial;  // workspace [ceil(n / 4096)]
+  double* partial;  // workspace [ceil(n / kSumSquaresChunk)]
   int64_t n;
   DType dtype;
 };

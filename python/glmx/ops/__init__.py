@@ -6,6 +6,7 @@ The functions are imported eagerly so that `glmx.ops.rms_norm` is always the fun
 from __future__ import annotations
 
 from glmx.ops.add_rms_norm import add_rms_norm
+from glmx.ops.embedding import embedding
 from glmx.ops.expert_plan import ExpertPlan, expert_plan
 from glmx.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, linear
 from glmx.ops.moe_combine import moe_combine
@@ -13,10 +14,12 @@ from glmx.ops.rms_norm import rms_norm
 from glmx.ops.rope import rope, rope_cos_sin
 from glmx.ops.route_topk import route_topk
 from glmx.ops.silu_mul import silu_mul
+from glmx.ops.sum_squares import sum_squares
 
 __all__ = [
     "ExpertPlan",
     "add_rms_norm",
+    "embedding",
     "expert_plan",
     "grouped_gemm",
     "grouped_gemm_dgrad",
@@ -28,4 +31,5 @@ __all__ = [
     "rope_cos_sin",
     "route_topk",
     "silu_mul",
+    "sum_squares",
 ]

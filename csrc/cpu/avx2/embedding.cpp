@@ -1,0 +1,18 @@
+// embedding / avx2: the body of cpu/inl/embedding.inl (which see) compiled for avx2.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/parallel.h"
+#include "cpu/kernels.h"
+
+namespace glmx::cpu::avx2 {
+namespace {
+#include "cpu/avx2/vec.h"
+#include "cpu/inl/embedding.inl"
+}  // namespace
+
+void embedding(const EmbeddingParams& p) { embedding_forward(p); }
+void embedding_backward(const EmbeddingBackwardParams& p) { embedding_backward_rows(p); }
+}  // namespace glmx::cpu::avx2
