@@ -1,6 +1,7 @@
 // expert_plan / base: a stable counting sort of (token, k) pairs by expert
 // Contract   include/glmx/ops.h ExpertPlanParams   Oracle reference/expert_plan.py   Doc docs/ops/expert_plan.md
 // Shapes     topk_ids, inverse [T,K] i32 | expert_offsets [E+1] i32 | row_token [T*K] i32
+// Layout     row-major; a pair is i = t * K + k
 // Numerics   integers only; the result does not depend on how the work is split
 // Algorithm  count into offsets[e + 1], prefix sum, then walk the pairs in order with offsets[e] as the cursor of expert e:
 //            it ends where expert e + 1 begins, so one shift by an element restores the offsets and no scratch is needed

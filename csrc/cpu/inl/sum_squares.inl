@@ -1,6 +1,7 @@
 // sum_squares: the sum of x_i^2 in fp64
 // Contract   include/glmx/ops.h SumSquaresParams   Oracle reference/sum_squares.py   Doc docs/ops/sum_squares.md
 // Shapes     x [n] dtype | partial [ceil(n / 4096)], out [1] f64
+// Layout     any contiguous shape, taken as one row; the last elements run the same code on masked lanes
 // Numerics   a square of an fp32 is exact in fp64 (48 bits), so multiplying and adding rounds once, as an fma would; sixteen lanes over a
 //            chunk of 4096 elements, folded, chunks added in order: a function of n alone
 // Algorithm  an item is 16 chunks; the host adds the partial sums
