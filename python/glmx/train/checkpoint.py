@@ -47,7 +47,7 @@ def write(
     out: Path,
     step: int,
     *,
-    save_model: Callable[[Path], None],
+    save_model: Callable[[Path], object],
     tensors: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,

@@ -73,7 +73,7 @@ def pretrain(
         reason = "done" if run.step == config.total_steps else stop.reason
         progress.say(closing_words(run, reason))
     assert run.saved is not None
-    return Result(reason, run.saved, run.step, run.tokens, heldout and heldout["heldout_bpb"])
+    return Result(reason, run.saved, run.step, run.tokens, heldout["heldout_bpb"] if heldout else None)
 
 
 def train_step(run: Run) -> dict[str, Any]:
