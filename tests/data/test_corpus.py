@@ -65,9 +65,9 @@ def test_duplicates_and_other_encodings_are_counted_and_left_out(tmp_path):
 def test_hash_covers_names_and_contents(tmp_path):
     root = fake_library(tmp_path / "lib")
     a = corpus.standard_library(root, min_bytes=0).sha256
-    (root / "mod3.py").rename(root / "mod3b.py")
+    (root / "mod39.py").rename(root / "mod3x.py")  # same length, same place in the order
     b = corpus.standard_library(root, min_bytes=0).sha256
-    (root / "mod4.py").write_text("# changed\n")
+    (root / "mod4.py").write_text((root / "mod4.py").read_text().replace("x4", "y4"))
     assert len({a, b, corpus.standard_library(root, min_bytes=0).sha256}) == 3
 
 

@@ -66,10 +66,13 @@ def test_layout_is_glms(tok):
     assert tok.decode(tok.prefix_ids) == "[gMASK]<sop>"
 
 
-def test_digits_split_by_three(tok):
-    assert max(len(tok.decode([i])) for i in tok.encode("1111111111")) <= 3
-    digits = [t for t in (tok.decode([i]) for i in range(tok.eos_id)) if t.isdigit()]
-    assert max(map(len, digits)) <= 3
+def test_digits_split_by_three():
+    """With every merge that the text allows: 12, 123, 45, 456."""
+    room = 256 + len(SPECIAL_TOKENS) + len(TAG_TOKENS)
+    full = tokenizer.train(["1234567 " * 100], vocab_size=room + 4)
+    assert [full.decode([i]) for i in full.encode("1234567")] == ["123", "456", "7"]
+    with pytest.raises(ConfigError):
+        tokenizer.train(["1234567 " * 100], vocab_size=room + 5)
 
 
 def test_skipping_special_tokens_keeps_the_tags(tok):
@@ -138,6 +141,10 @@ def test_transformers_agrees(tok, tmp_path, stdlib):
         for generate in (False, True):
             mine = tok.apply_chat_template(CHAT, add_generation_prompt=generate, **options)
             assert mine == theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=generate, **options)
+    for other in ("{{ messages[3] | tojson }}", "{% for m in messages %}\n  {% break %}\n{% endfor %}\n x\n"):
+        theirs.chat_template = other
+        mine = Tokenizer(tok.hf, chat_template=other).apply_chat_template(CHAT)
+        assert mine == theirs.apply_chat_template(CHAT, tokenize=False)
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "city": "Zürich"}}}]
