@@ -1,5 +1,6 @@
 // The entry points of every CPU kernel, declared once for each ISA namespace. ops/<op>.cpp puts them into its table.
 #pragma once
+#include "cpu/lm_head_logprob.h"
 #include "glmx/ops.h"
 
 #define GLMX_VECTOR_KERNELS                                        \
@@ -20,7 +21,11 @@
   void rope(const RopeParams& p);                                  \
   void embedding(const EmbeddingParams& p);                        \
   void embedding_backward(const EmbeddingBackwardParams& p);       \
-  void sum_squares(const SumSquaresParams& p);
+  void sum_squares(const SumSquaresParams& p);                     \
+  void lm_head_scan(const LmHeadScan& p);                          \
+  void lm_head_finish(const LmHeadFinish& p);                      \
+  void lm_head_d_logits(const LmHeadDlogits& p);                   \
+  void lm_head_add(const LmHeadAdd& p);
 
 namespace glmx::cpu::base {
 GLMX_VECTOR_KERNELS

@@ -23,6 +23,7 @@ const std::vector<OpInfo>& op_table() {
       silu_mul_info(),
       rope_info(),
       embedding_info(),
+      lm_head_logprob_info(),
       sum_squares_info(),
   };
   // clang-format on

@@ -13,5 +13,6 @@ OpInfo add_rms_norm_info();
 OpInfo silu_mul_info();
 OpInfo rope_info();
 OpInfo embedding_info();
+OpInfo lm_head_logprob_info();
 OpInfo sum_squares_info();
 }  // namespace glmx

@@ -85,6 +85,11 @@ inline V16 set_lane(V16 a, int lane, float value) {
   const __m256 hi = _mm256_castsi256_ps(_mm256_cmpeq_epi32(iota, _mm256_set1_epi32(lane - 8)));
   return {_mm256_blendv_ps(a.lo, _mm256_set1_ps(value), lo), _mm256_blendv_ps(a.hi, _mm256_set1_ps(value), hi)};
 }
+// Bit i: a < b in lane i. False for NaN.
+inline uint32_t mask_lt(V16 a, V16 b) {
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)), hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ));
+  return static_cast<uint32_t>(lo | hi << 8);
+}
 // a < b ? b : a. The instruction gives its second operand unless the first is larger.
 inline V16 max(V16 a, V16 b) { return {_mm256_max_ps(b.lo, a.lo), _mm256_max_ps(b.hi, a.hi)}; }
 // 2^a for whole numbers a in [-126, 127].

@@ -49,6 +49,8 @@ inline uint32_t mask_eq(V16 a, V16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP
 inline V16 set_lane(V16 a, int lane, float value) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(1u << lane), a.v, _mm512_set1_ps(value))};
 }
+// Bit i: a < b in lane i. False for NaN.
+inline uint32_t mask_lt(V16 a, V16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 // a < b ? b : a. The instruction gives its second operand unless the first is larger.
 inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(b.v, a.v)}; }
 // 2^a for whole numbers a in [-126, 127].

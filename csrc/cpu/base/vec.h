@@ -102,6 +102,12 @@ inline V16 set_lane(V16 a, int lane, float value) {
   a.lane[lane] = value;
   return a;
 }
+// Bit i: a < b in lane i. False for NaN.
+inline uint32_t mask_lt(V16 a, V16 b) {
+  uint32_t mask = 0;
+  GLMX_LANES mask |= (a.lane[i] < b.lane[i] ? 1u : 0u) << i;
+  return mask;
+}
 inline V16 max(V16 a, V16 b) { return select_lt(a, b, b, a); }
 // 2^a for whole numbers a in [-126, 127].
 inline V16 pow2(V16 a) {

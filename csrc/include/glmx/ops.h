@@ -254,28 +254,32 @@ struct EmbeddingBackwardParams {
 void embedding_backward(const EmbeddingBackwardParams& p);
 
 // lm_head_logprob: z = (hidden @ weight^T) in fp32 * (1 / temperature); lse = log sum exp z; logprob = z[id] - lse.
-//   The vocabulary is walked in chunks of kLmHeadChunk in order, with one online maximum and sum per token; a [T, V] buffer never exists.
-//   top: the top_n largest z - lse, descending, ties to the lower id.
+//   The vocabulary is walked in chunks of kLmHeadChunk in order, with one online maximum (fp32) and sum (fp32 lanes within a chunk, fp64
+//   across chunks) per token; a [T, V] buffer never exists. The last two differences are fp64 with one rounding each. Infinite logits give
+//   NaN. top: the top_n largest z - lse, descending, ties to the lower id (NaN is -inf, -0 is +0).
 inline constexpr int kLmHeadLogprobRevision = 1;
-inline constexpr int64_t kLmHeadChunk = 1024;      // columns of W per chunk: a function of nothing, part of the bits
-inline constexpr int64_t kLmHeadTokenBlock = 256;  // tokens whose chunk of logits is held at a time; not part of the bits
+inline constexpr int64_t kLmHeadChunk = 1024;       // columns of W per chunk: part of the bits
+inline constexpr int64_t kLmHeadTokenBlock = 1024;  // tokens per block of the backward: part of the bits of d_weight
 struct LmHeadLogprobParams {
-  const void* hidden;   // [T, H] dtype
-  const void* weight;   // [V, H] dtype
-  const int64_t* ids;   // [T] in [0, V), or -1: ignored, logprob 0
-  float* logprob;       // [T]
-  float* lse;           // [T]
-  int32_t* top_ids;     // [T, top_n], or null
-  float* top_logprobs;  // [T, top_n], or null
-  void* workspace;      // lm_head_logprob_workspace(p) bytes
-  int64_t T, V, H, top_n;
-  float temperature;  // > 0
+  const void* hidden;      // [T, H] dtype
+  const void* weight;      // [V, H] dtype
+  const int64_t* ids;      // [T] in [0, V), or -1: ignored, logprob 0 (lse and top are those of its row all the same)
+  float* logprob;          // [T]
+  float* lse;              // [T]
+  int32_t* top_ids;        // [T, top_n]; not read or written when top_n is 0
+  float* top_logprobs;     // [T, top_n]; not read or written when top_n is 0
+  void* workspace;         // lm_head_logprob_workspace(p) bytes, aligned to 8
+  int64_t T, V, H, top_n;  // 0 <= top_n <= V < 2^31
+  float temperature;       // > 0
   DType dtype;
 };
 int64_t lm_head_logprob_workspace(const LmHeadLogprobParams& p);
 void lm_head_logprob(const LmHeadLogprobParams& p);
 
 // d_z[t, v] = d_logprob[t] * (1[v == id] - p) + d_lse[t] * p, times 1 / temperature, rounded to dtype; then dgrad and wgrad.
+//   Tokens with neither a d_logprob (id -1 has none) nor a d_lse are left out: they cost nothing and change nobody's bits.
+//   d_hidden: dgrad of each chunk (GEMM tree over its columns), chunks added in order, fp32.
+//   d_weight: wgrad of each block of kLmHeadTokenBlock remaining tokens, blocks added in order.
 struct LmHeadLogprobBackwardParams {
   const float* d_logprob;  // [T]
   const float* d_lse;      // [T], or null
@@ -283,9 +287,9 @@ struct LmHeadLogprobBackwardParams {
   const void* weight;      // [V, H] dtype
   const int64_t* ids;      // [T]
   const float* lse;        // [T] from the forward
-  float* d_hidden;         // [T, H] fp32, overwritten: chunks of the vocabulary added in order
-  float* d_weight;         // [V, H] fp32: token blocks added in order
-  void* workspace;         // lm_head_logprob_backward_workspace(p) bytes
+  float* d_hidden;         // [T, H], overwritten; or null
+  float* d_weight;         // [V, H], or null
+  void* workspace;         // lm_head_logprob_backward_workspace(p) bytes, aligned to 8
   int64_t T, V, H;
   float temperature;
   bool accumulate;  // d_weight = d_weight + result

@@ -9,6 +9,7 @@ from glmx.ops.add_rms_norm import add_rms_norm
 from glmx.ops.embedding import embedding
 from glmx.ops.expert_plan import ExpertPlan, expert_plan
 from glmx.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, linear
+from glmx.ops.lm_head_logprob import LogProbs, lm_head_logprob
 from glmx.ops.moe_combine import moe_combine
 from glmx.ops.rms_norm import rms_norm
 from glmx.ops.rope import rope, rope_cos_sin
@@ -18,6 +19,7 @@ from glmx.ops.sum_squares import sum_squares
 
 __all__ = [
     "ExpertPlan",
+    "LogProbs",
     "add_rms_norm",
     "embedding",
     "expert_plan",
@@ -25,6 +27,7 @@ __all__ = [
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
     "linear",
+    "lm_head_logprob",
     "moe_combine",
     "rms_norm",
     "rope",
