@@ -431,6 +431,8 @@ RAGGED = [
     ([2, 19, 0, 0, 7], 70, 97),  # no size is a multiple of a vector
 ]
 
+BLOCKS = [([3, 295], 262, 140), ([2, 35], 66, 1200)]
+
 
 def gemm_operands(
     counts: list[int],
@@ -522,6 +524,20 @@ def grouped_gemm_cases() -> Iterator[Case]:
                     },
                     ("x", "w"),
                 )
+        # Larger than the blocks of the kernel: depth above 128, rows above 288, columns above 256, few rows
+        # of great depth.
+        for counts, N, K in BLOCKS:
+
+            def blocks(counts: list[int] = counts, N: int = N, K: int = K, dtype: torch.dtype = dtype):
+                return gemm_operands(counts, N, K, dtype)
+
+            def blocks_dy(counts: list[int] = counts, N: int = N, K: int = K, dtype: torch.dtype = dtype):
+                return {**gemm_operands(counts, N, K, dtype), "dy": values(sum(counts), N, seed=9, dtype=dtype)}
+
+            name = f"{tag(dtype)}-blocks-{'+'.join(map(str, counts))}x{N}x{K}"
+            yield Case("grouped_gemm", name, blocks)
+            yield Case("grouped_gemm_dgrad", name, pick("dy", "w", make=blocks_dy))
+            yield Case("grouped_gemm_wgrad", name, pick("dy", "x", make=blocks_dy))
         yield Case(
             "grouped_gemm",
             f"{tag(dtype)}-tiny",  # products around the smallest normal number: FTZ decides bits
