@@ -31,6 +31,6 @@ def sum_squares(x: Tensor | Sequence[Tensor]) -> Tensor:
     for i, tensor in enumerate(tensors):
         check_model_dtype(tensor, "x" if isinstance(x, Tensor) else f"x[{i}]")
         part = tensor.new_empty(1, dtype=torch.float64)
-        _sum_squares(part, tensor.detach().reshape(-1))
+        _sum_squares(part, tensor.detach().reshape(-1).contiguous())
         total = total + part[0]
     return total
