@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -15,6 +16,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "cmake"))
 
 from glmx_backend import check_toolchain, check_torch_version, stop, torch_dir  # noqa: E402
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not read pyproject.toml's license field
+    stop("setuptools", found=setuptools.__version__)
 
 
 def pybind11_dir() -> str:

@@ -32,6 +32,7 @@ ERRORS = {
     "compiler": "no C++ compiler found; install one: apt-get install g++ (version 12 or newer), or set CXX",
     "gcc": "{compiler} is version {version}; glmx needs g++ 12 or newer: apt-get install g++-12, then set CXX=g++-12",
     "cmake": "cmake 3.25 or newer is missing (found: {found}); install it: pip install cmake",
+    "setuptools": "setuptools 77 or newer is missing (found: {found}); install it: pip install --upgrade setuptools",
     "pybind11": "pybind11 is missing; without build isolation install it first: pip install pybind11 cmake ninja",
     "torch": "torch was not found; install it first: pip install " + TORCH_PIN,
     "torch_dir": "GLMX_TORCH_DIR={path} has no include/torch/csrc/stable/library.h; it names a torch package's folder",

@@ -133,7 +133,7 @@ def cpp() -> Count:
 
 
 def tests() -> Count:
-    return pytest("tests", "-n", WORKERS, "--dist=worksteal", "--ignore=tests/test_examples.py", "tests")
+    return pytest("tests", "-n", WORKERS, "--dist=loadgroup", "--ignore=tests/test_examples.py", "tests")
 
 
 def isa() -> Count:
