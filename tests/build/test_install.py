@@ -57,10 +57,10 @@ def clone(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def venv(tmp_path) -> pathlib.Path:
-    """A fresh virtual environment that sees this one's packages (torch among them) behind its own."""
+    """A fresh virtual environment that sees this one's packages (pip and torch among them) behind its own."""
     if not list(SITE.glob("torch-*.dist-info")):
         unavailable(f"torch is not installed in {SITE}")
-    output(sys.executable, "-m", "venv", tmp_path / "venv")
+    output(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     site = next((tmp_path / "venv/lib").glob("python3*/site-packages"))
     (site / "shared.pth").write_text(f"{SITE}\n")
     return tmp_path / "venv"
@@ -78,7 +78,7 @@ def pip(venv: pathlib.Path, *args: str | os.PathLike, **environment: str) -> str
     if done.returncode != 0 and re.search(r"No matching distribution|Could not find a version|Connection", log):
         unavailable("the package index does not answer")
     assert done.returncode == 0, log[-4000:]
-    assert not re.search(r"(Collecting|Downloading|Uninstalling|Would install).*\btorch\b", log), log[-4000:]
+    assert not re.search(r"(Collecting|Downloading|Uninstalling) torch\b", log), log[-4000:]
     return log
 
 
