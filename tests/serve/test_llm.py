@@ -12,6 +12,7 @@ from glmx.cli import main as cli
 from glmx.data import tokenizer as tokenizers
 from glmx.errors import CheckpointError
 from glmx.models import checkpoint
+from glmx.reference.sample import sample
 from tiny_glm import random_ids, random_model, tiny_config
 
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Café:\n    pass\n" * 4
@@ -62,6 +63,17 @@ def test_a_seeded_sample_does_not_depend_on_the_batch(llm):
     assert together == alone
     other = llm.generate(prompts(llm, 1), glmx.SamplingParams(temperature=1.5, seed=8, max_tokens=12))
     assert other[0].outputs[0].token_ids != alone[0]
+
+
+def test_each_token_is_the_samplers_at_its_position(llm):
+    prompt = prompts(llm, 2)[1]
+    params = glmx.SamplingParams(temperature=1.4, top_k=60, top_p=0.95, seed=21, max_tokens=8, ignore_eos=True)
+    token_ids = llm.generate([prompt], params)[0].outputs[0].token_ids
+    with torch.no_grad():
+        logits = llm.model(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+    positions = list(range(len(prompt), len(prompt) + 8))
+    expected = sample(logits, seeds=21, positions=positions, temperature=1.4, top_k=60, top_p=0.95)
+    assert token_ids == expected.tolist()
 
 
 def test_requests_without_a_seed_differ_and_repeat(directory):
