@@ -90,6 +90,7 @@ def test_spellings():
     nested["num_mtp_layers"] = nested.pop("num_nextn_predict_layers")
     nested["dtype"] = nested.pop("torch_dtype")
     assert ModelConfig.from_dict(nested) == ModelConfig.from_dict(RELEASED)
+    assert ModelConfig.from_dict({**nested, "num_mtp_layers": 0}).num_nextn_predict_layers == 0
     del nested["rope_parameters"]["partial_rotary_factor"]
     assert ModelConfig.from_dict(nested).partial_rotary_factor == 0.5, "glm4_moe's default"
 

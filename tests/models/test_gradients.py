@@ -111,3 +111,6 @@ def test_scores_for_the_aux_loss_reach_the_router():
     sum((s.scores.square().sum() for s in stats), torch.zeros(())).backward()
     for layer in (1, 2, 3):
         assert model.model.layers[layer].mlp.gate.weight.grad.norm() > 0
+    with torch.no_grad():
+        model(ids)
+    assert len(model.router_stats()) == 2, "the MTP layer's statistics were an earlier forward's"
