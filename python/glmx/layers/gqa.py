@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, A query heads, G key/value heads, d head dim, S keys
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +69,7 @@ def attention(
     rounding, not bit for bit.
     """
     lengths = batch.q_lens
+    keys: Iterable[tuple[torch.Tensor, torch.Tensor]]
     if state is None:
         keys = zip(k_TGd.split(lengths), v_TGd.split(lengths), strict=True)
     else:

@@ -39,6 +39,8 @@ class Router(nn.Module):
     stays fp32 whatever the model is cast to.
     """
 
+    e_score_correction_bias: torch.Tensor
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         E = config.n_routed_experts

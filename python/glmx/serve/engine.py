@@ -84,7 +84,7 @@ class Engine:
         running = self.running
         if not running:
             return []
-        slots = [request.slot for request in running]
+        slots = [request.slot for request in running if request.slot is not None]  # all of them have one
         hidden_BH = self._forward(running, slots)
         logits_BV = self.model.logits(hidden_BH)
         ids_B = sample(

@@ -66,12 +66,12 @@ class LLM:
         it; token ids are taken as they are. `sampling_params` is one for all or one per prompt. Raises
         ValueError and TypeError for a bad prompt, CheckpointError for text without a tokenizer.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        listed: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(each)} sampling_params for {len(prompts)} prompts")
-        requests = [self._request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(listed):
+            raise ValueError(f"{len(each)} sampling_params for {len(listed)} prompts")
+        requests = [self._request(prompt, one) for prompt, one in zip(listed, each, strict=True)]
         try:
             for request in requests:
                 self.engine.add(request)
@@ -79,7 +79,7 @@ class LLM:
                 self.engine.step()
         finally:
             self.engine.abort()
-        return [self._output(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
+        return [self._output(prompt, request) for prompt, request in zip(listed, requests, strict=True)]
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
@@ -113,7 +113,7 @@ class LLM:
         if isinstance(prompt, str):
             ids = self.encode(prompt)
         elif isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
-            ids = list(prompt)
+            ids = [int(i) for i in prompt]
         else:
             raise TypeError(f"a prompt is a {type(prompt).__name__}, expected str or a list of token ids")
         number = self._requests
