@@ -90,9 +90,11 @@ def test_ngram_learns_and_the_budget_cuts():
     noise = ngram_bits_per_byte([rng.integers(0, VOCAB, 1000)], [rng.integers(0, VOCAB, 500)], lengths)
     assert learned < 0.05 and math.log2(VOCAB) - 0.1 < noise < math.log2(VOCAB) + 0.5
     assert ngram_bits_per_byte([pattern], [pattern[:50]], lengths, max_train_tokens=20) > learned
-    # The bytes are those of the targets: the first token of a document is given.
-    halved = ngram_bits_per_byte([pattern], [pattern[:50]], lengths * 2)
-    assert halved == pytest.approx(learned / 2)
+    # The bytes are those of the targets: the first token of a document, here one of 100 bytes, is given.
+    once = np.arange(VOCAB)
+    long_first = np.array([100, 1, 1, 1, 1])
+    assert ngram_bits_per_byte([pattern], [once], long_first) == ngram_bits_per_byte([pattern], [once], lengths)
+    assert ngram_bits_per_byte([pattern], [pattern[:50]], lengths * 2) == pytest.approx(learned / 2)
 
 
 def test_compressors_are_the_programs(tmp_path, stdlib):
