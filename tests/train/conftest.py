@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 TINY = {
     "model_type": "glm4_moe",
@@ -61,3 +62,21 @@ def raw(model_dir, data_dir, tmp_path):
         "checkpoint": {"every_steps": 2},
         "eval": {"every_steps": 3},
     }
+
+
+@pytest.fixture
+def plain_sequence_loss():
+    """The sequence-wise balance loss in plain torch, summed over rows."""
+
+    def loss_of(scores, ids, lengths):
+        """DeepSeek-V3, eq. 17-20, as written there."""
+        total = 0.0
+        for s, chosen in zip(scores.split(lengths), ids.split(lengths), strict=True):
+            n = len(s)
+            one_hot = torch.nn.functional.one_hot(chosen.long(), scores.shape[1]).sum(1)
+            f = one_hot.sum(0).to(s.dtype) * scores.shape[1] / (chosen.shape[1] * n)
+            P = (s / s.sum(1, keepdim=True)).mean(0)
+            total = total + (f * P).sum()
+        return total
+
+    return loss_of

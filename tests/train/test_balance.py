@@ -46,19 +46,7 @@ def test_bias_moves_by_rate_towards_the_mean_and_equal_loads_stay():
     assert loads.max_vio() == pytest.approx([10 / 6 - 1, 0])
 
 
-def plain_sequence_loss(scores, ids, lengths):
-    """DeepSeek-V3, eq. 17-20, as written there."""
-    total = 0.0
-    for s, chosen in zip(scores.split(lengths), ids.split(lengths), strict=True):
-        n = len(s)
-        one_hot = torch.nn.functional.one_hot(chosen.long(), scores.shape[1]).sum(1)
-        f = one_hot.sum(0).to(s.dtype) * scores.shape[1] / (chosen.shape[1] * n)
-        P = (s / s.sum(1, keepdim=True)).mean(0)
-        total = total + (f * P).sum()
-    return total
-
-
-def test_sequence_loss_and_its_gradient():
+def test_sequence_loss_and_its_gradient(plain_sequence_loss):
     g = torch.Generator().manual_seed(1)
     lengths = [7, 64, 33]
     logits = torch.randn(sum(lengths), E, generator=g)

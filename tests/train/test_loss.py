@@ -53,9 +53,7 @@ def run(model, micro_batches, mtp_weight=0.3, aux_weight=0.05):
     return losses, loads.as_lists(), grads
 
 
-def test_gradients_equal_autograd_of_the_written_out_loss(model, data_dir):
-    from test_balance import plain_sequence_loss
-
+def test_gradients_equal_autograd_of_the_written_out_loss(model, data_dir, plain_sequence_loss):
     (micro,) = step_of(data_dir, micro_rows=4)
     batch = Batch(micro.cu_seqlens)
     hidden = model.forward_tokens(micro.ids, micro.positions, batch)

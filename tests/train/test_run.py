@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import glmx
 from glmx.errors import CheckpointError, ConfigError, GlmxError
 from glmx.train import balance, checkpoint, loop
 from glmx.train.config import make_config
@@ -51,7 +52,8 @@ loop.pretrain(make_config(raw))
 
 
 def child(raw, point="none", calls=0, **kwargs):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    packages = os.pathsep.join([str(Path(glmx.__path__[0]).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": packages}
     command = [sys.executable, "-c", CHILD, json.dumps(raw), point, str(calls)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **kwargs)
 
@@ -150,7 +152,6 @@ def test_the_log_has_the_promised_fields(raw):
 
 def test_held_out_bits_per_byte_against_the_padded_call(raw, tmp_path):
     """Bits of every byte of the held-out text, from the logits of the whole documents."""
-    import glmx
     from glmx.data.shards import TokenShards, write_documents
     from glmx.data.tokenizer import train
 
