@@ -577,7 +577,15 @@ def grouped_gemm_cases() -> Iterator[Case]:
 
 def lm_head_logprob_cases() -> Iterator[Case]:
     for dtype in DTYPES:
-        for T, V, H in [(1, 1, 1), (5, 37, 16), (9, 1024, 20), (4, 2500, 33), (0, 12, 8), (260, 50, 12)]:
+        for T, V, H in [
+            (1, 1, 1),
+            (5, 37, 16),
+            (9, 1024, 20),
+            (4, 2500, 33),
+            (0, 12, 8),
+            (260, 50, 12),
+            (257, 3100, 8),
+        ]:
 
             def make(T: int = T, V: int = V, H: int = H, dtype: torch.dtype = dtype):
                 return {
