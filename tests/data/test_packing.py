@@ -163,3 +163,14 @@ def test_held_out_tokens_are_scored_once(tmp_path_factory, lengths, seq_len, dat
         scored += hit
     starts = {int(o) for o in shards.document_offsets[1:]}
     assert scored == [x for x in range(1, sum(lengths) + 1) if x not in starts]
+
+
+def test_every_takes_each_nth_window_of_all_of_the_text(shards):
+    scored = {
+        every: [(b.targets >= 0).tolist() for b in HeldoutRows(shards, seq_len=16, batch_tokens=16, every=every)]
+        for every in (1, 3)
+    }
+    assert sum(map(sum, scored[1])) == shards.num_tokens - shards.num_documents
+    assert sum(map(sum, scored[3])) < sum(map(sum, scored[1])) / 2
+    with pytest.raises(ConfigError, match="every = 0"):
+        HeldoutRows(shards, seq_len=16, batch_tokens=16, every=0)

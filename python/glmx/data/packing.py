@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -201,26 +202,32 @@ class HeldoutRows:
     A document is read in windows of `seq_len`; windows overlap by `context` tokens, which are read but not
     scored again (targets -1), so that no scored token but the first ones of a document has less than
     `context` tokens before it. Windows of several documents share a batch of at most `batch_tokens` tokens,
-    each its own segment.
+    each its own segment. `every` = n takes each n-th window only: a sample from all of the text.
     """
 
-    def __init__(self, shards: TokenShards, *, seq_len: int, batch_tokens: int, context: int = 0) -> None:
+    def __init__(
+        self, shards: TokenShards, *, seq_len: int, batch_tokens: int, context: int = 0, every: int = 1
+    ) -> None:
         if not 0 <= context < seq_len:
             raise ConfigError(f"context = {context}: expected 0 <= context < seq_len = {seq_len}")
         if batch_tokens < seq_len:
             raise ConfigError(f"batch_tokens = {batch_tokens}: at least seq_len = {seq_len}")
+        if every < 1:
+            raise ConfigError(f"every = {every}: expected 1 or more")
         self.shards, self.seq_len, self.batch_tokens, self.context = shards, seq_len, batch_tokens, context
+        self.every = every
 
     def __iter__(self) -> Iterator[PackedBatch]:
         waiting: list[tuple[np.ndarray, int, int]] = []
         size = 0
-        for index in range(self.shards.num_documents):
-            for segment in self._windows(self.shards.document(index)):
-                if size + segment[1] > self.batch_tokens:
-                    yield _batch(waiting)
-                    waiting, size = [], 0
-                waiting.append(segment)
-                size += segment[1]
+        documents = map(self.shards.document, range(self.shards.num_documents))
+        windows = chain.from_iterable(map(self._windows, documents))
+        for segment in islice(windows, 0, None, self.every):
+            if size + segment[1] > self.batch_tokens:
+                yield _batch(waiting)
+                waiting, size = [], 0
+            waiting.append(segment)
+            size += segment[1]
         if waiting:
             yield _batch(waiting)
 

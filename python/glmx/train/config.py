@@ -78,7 +78,7 @@ class Checkpoint(Section, frozen=True):
 
 class Eval(Section, frozen=True):
     every_steps: Count = 0  # 0: only at the end
-    tokens: Count = 0  # at most this many held-out tokens; 0 takes all
+    tokens: Count = 0  # about so many, spread over the held-out text; 0, and the last measurement, take all
 
 
 class PretrainConfig(Section, frozen=True):

@@ -63,8 +63,9 @@ def pretrain(
             progress.step(record)
             done = run.step == config.total_steps
             stop.after_step()
-            measure = done or stop.reason == "minutes" or due(run.step, config.eval.every_steps)
-            if measure and (heldout := run.heldout_record()):
+            last = done or stop.reason == "minutes"
+            measure = last or due(run.step, config.eval.every_steps)
+            if measure and (heldout := run.heldout_record(last)):
                 log.write(heldout)
                 progress.say(heldout_words(heldout))
             if done or stop.reason or due(run.step, config.checkpoint.every_steps):

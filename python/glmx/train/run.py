@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Held-out documents are scored in windows that overlap by this share of seq_len, so that scored tokens have
 # context.
-HELDOUT_CONTEXT = 0.5
+HELDOUT_CONTEXT = 0.25
 
 
 class Run:
@@ -143,8 +143,11 @@ class Run:
         self.rows.load_state_dict(cursor)
         self.saved = saved.path
 
-    def heldout_record(self) -> dict[str, Any] | None:
-        """Measures the held-out shards; None without them. heldout_bpb is null without a tokenizer."""
+    def heldout_record(self, last: bool) -> dict[str, Any] | None:
+        """Measures the held-out shards, all of them the `last` time; None without them.
+
+        heldout_bpb is null without a tokenizer.
+        """
         from glmx.data.packing import HeldoutRows
 
         if self.heldout is None:
@@ -155,6 +158,7 @@ class Run:
             seq_len=seq_len,
             batch_tokens=self.config.train.micro_rows * seq_len,
             context=int(seq_len * HELDOUT_CONTEXT),
+            every=1 if last or not limit else -(-self.heldout.num_tokens // limit),
         )
         lengths = self._byte_lengths()
         nats, targets, size = [], 0, 0
@@ -165,8 +169,6 @@ class Run:
             targets += scored.numel()
             if lengths is not None:
                 size += int(lengths[scored].sum())
-            if limit and targets >= limit:
-                break
         self.model.train()
         total = math.fsum(nats)
         return {

@@ -1,0 +1,253 @@
+"""glmx demo: the main job on one page. Trains a small GLM (MoE, MTP) on this machine's Python sources and uses it.
+
+    corpus -> tokenizer -> token shards -> pre-training -> held-out bits per byte -> checkpoint, plot -> completions
+
+Everything it makes is under --out; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glmx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from glmx.data.corpus import Corpus
+    from glmx.data.tokenizer import Tokenizer
+    from glmx.serve.llm import LLM
+
+# The demo's model: 13.8 M parameters of which 5.7 M work on a token. Sized so that the token budget below takes some
+# minutes on two cores; shapes follow GLM-4.5 (first layer dense, sigmoid router, one shared expert, one MTP layer).
+MODEL = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 768,
+    "moe_intermediate_size": 192,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "use_qk_norm": True,
+    "attention_bias": False,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+    "num_nextn_predict_layers": 1,
+}
+TOKENS = 600_000  # the full demo's budget; gzip's bits per byte are passed at about half of it
+SEQ_LEN, BATCH_ROWS, MICRO_ROWS = 256, 8, 8
+# Ten times GLM-4.5's rate: its run has ten thousand times the steps in which to balance the experts.
+BALANCE_RATE = 1e-2
+COMPLETIONS, COMPLETION_TOKENS = 20, 64
+PROMPT = "def read_config(path):\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=0.0, help="bound on the wall time of training (default: none)")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="directory of everything the demo makes")
+    parser.add_argument("--corpus", type=Path, help="train on this directory of text instead of the standard library")
+    parser.add_argument("--arch", choices=["glm4_moe"], default="glm4_moe", help="model family")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"token budget (default {TOKENS:,})")
+    parser.add_argument(
+        "--balance-rate", type=float, default=BALANCE_RATE, help="expert bias update rate; 0 turns it off"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    if args.tokens < SEQ_LEN * BATCH_ROWS:
+        raise ConfigError(f"--tokens {args.tokens}: expected at least one step, {SEQ_LEN * BATCH_ROWS}")
+    if args.minutes < 0:
+        raise ConfigError(f"--minutes {args.minutes:g}: expected 0 (no bound) or more")
+    console = Console(highlight=False)
+    begun = time.monotonic()
+    corpus, tokenizer = prepare(args, console)
+    console.rule("training")
+    result = train(args)
+    console.rule("results")
+    report(args, console, corpus, tokenizer, result)
+    complete(console, corpus, result.checkpoint)
+    console.rule(f"done in {(time.monotonic() - begun) / 60:.1f} minutes")
+    next_steps(args, console, result.checkpoint)
+    return 0
+
+
+def prepare(args: argparse.Namespace, console: Any) -> tuple[Corpus, Tokenizer]:
+    """Corpus, tokenizer and token shards under OUT/data, and OUT/model/config.json. What is there already is reused."""
+    from glmx.data import corpus as corpora
+    from glmx.data import tokenizer as tokenizers
+    from glmx.data.shards import TokenShards, write_documents
+    from glmx.models.config import ModelConfig
+
+    corpus = corpora.load(args.corpus)
+    console.print(corpus.summary(), markup=False, soft_wrap=True)
+    data = args.out / "data"
+    made_of = {"corpus": corpus.sha256, "vocab_size": MODEL["vocab_size"]}
+    stamp = data / "made-of.json"
+    if not (stamp.is_file() and json.loads(stamp.read_text()) == made_of):
+        begun = time.monotonic()
+        texts = [document.text for document in corpus.train]
+        tokenizer = tokenizers.train(texts, MODEL["vocab_size"])
+        data.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(data)
+        write_documents(data, "train", tokenizer, texts)
+        write_documents(data, "heldout", tokenizer, [document.text for document in corpus.heldout])
+        stamp.write_text(json.dumps(made_of))
+        console.print(f"tokenizer {MODEL['vocab_size']} tokens, trained in {time.monotonic() - begun:.0f} s")
+    tokenizer = tokenizers.Tokenizer.from_dir(data)
+    shards = TokenShards.open(data, "train")
+    console.print(
+        f"tokens    {shards.num_tokens:,} to train on, {corpus.train_bytes / shards.num_tokens:.2f} bytes each; "
+        f"budget {args.tokens:,}"
+    )
+    config = ModelConfig.from_dict(
+        {"model_type": args.arch, **MODEL, "eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.eos_id}
+    )
+    total, active = config.num_parameters(), config.num_active_parameters()
+    console.print(f"model     {args.arch}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M work on a token")
+    (args.out / "model").mkdir(parents=True, exist_ok=True)
+    (args.out / "model" / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    return corpus, tokenizer
+
+
+def train(args: argparse.Namespace) -> Any:
+    """The run itself, under OUT/run; an ordinary `glmx pretrain` configuration."""
+    from glmx.train.config import make_config
+    from glmx.train.loop import pretrain
+
+    config = make_config(
+        {
+            "model": str(args.out / "model"),
+            "out": str(args.out / "run"),
+            "data": {"shards": str(args.out / "data"), "train": "train", "heldout": "heldout", "seq_len": SEQ_LEN},
+            "optim": {"lr": 4e-3, "min_lr": 2e-4, "warmup_tokens": 40_000, "weight_decay": 0.1},
+            "train": {
+                "tokens": args.tokens,
+                "batch_rows": BATCH_ROWS,
+                "micro_rows": MICRO_ROWS,
+                "seed": args.seed,
+                "minutes": args.minutes,
+            },
+            "balance": {"rate": args.balance_rate},
+            "checkpoint": {"every_steps": 200},
+            "eval": {"every_steps": 50, "tokens": 15_000},
+        }
+    )
+    return pretrain(config)
+
+
+def report(args: argparse.Namespace, console: Any, corpus: Corpus, tokenizer: Tokenizer, result: Any) -> None:
+    """Held-out bits per byte beside what compressors and a token 5-gram make of the same bytes; the plot."""
+    from rich.table import Table
+
+    from glmx.data import baselines
+    from glmx.data.shards import TokenShards, read_all
+    from glmx.train.plot import plot_run, read_log
+
+    log = args.out / "run" / "log.jsonl"
+    steps, heldout = read_log(log)
+
+    train_docs, heldout_docs = (read_all(TokenShards.open(args.out / "data", name)) for name in ("train", "heldout"))
+    packed = baselines.compressors([document.data for document in corpus.heldout])
+    ngram = baselines.ngram_bits_per_byte(
+        train_docs, heldout_docs, tokenizer.byte_lengths, max_train_tokens=result.tokens
+    )
+    rows = {
+        "gzip -9, per file": packed.gzip_per_file,
+        "gzip -9, concatenated": packed.gzip_concatenated,
+        "xz -9, per file": packed.xz_per_file,
+        "xz -9, concatenated": packed.xz_concatenated,
+        f"token 5-gram of {result.tokens:,} tokens": ngram,
+    }
+    table = Table(
+        "held-out bits per byte",
+        "",
+        title=f"{corpus.heldout_bytes:,} bytes of modules never trained on",
+        title_justify="left",
+    )
+    table.add_row(f"glmx after {result.tokens:,} tokens", f"{heldout[-1]['heldout_bpb']:.3f}", style="bold")
+    for name, bits in rows.items():
+        table.add_row(name, f"{bits:.3f}")
+    console.print(table)
+    console.print(
+        f"experts   MaxVio per MoE layer over the last 20 % of the steps: {final_max_vio(steps)}", soft_wrap=True
+    )
+    shown = {"gzip -9, per file": packed.gzip_per_file, "token 5-gram": ngram}
+    picture = plot_run(log, args.out / "demo.png", title="glmx demo", baselines=shown)
+    console.print(f"plot      {picture}", soft_wrap=True)
+
+
+def final_max_vio(steps: list[dict[str, Any]]) -> str:
+    """The mean of max load / mean load - 1 over the last fifth of the steps, for each MoE layer."""
+    last = steps[-max(1, len(steps) // 5) :]
+    means = [sum(layer) / len(last) for layer in zip(*(record["max_vio"] for record in last), strict=True)]
+    return ", ".join(f"{mean:.2f}" for mean in means)
+
+
+def complete(console: Any, corpus: Corpus, checkpoint: Path) -> None:
+    """One completion to read, and how many of twenty held-out completions are Python that parses."""
+    from glmx.serve.llm import LLM, SamplingParams
+
+    llm = LLM(checkpoint)
+    greedy = SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=True)
+    output = llm.generate(PROMPT, greedy)[0].outputs[0]
+    console.rule(f"a completion of {len(output.token_ids)} tokens, greedy")
+    console.print(PROMPT + output.text, markup=False, soft_wrap=True)
+    parsed = parsing_completions(llm, corpus)
+    console.print(
+        f"{parsed} of {COMPLETIONS} completions of held-out functions parse as Python "
+        f"({COMPLETION_TOKENS} tokens each, cut after their last whole line)",
+        soft_wrap=True,
+    )
+
+
+def parsing_completions(llm: LLM, corpus: Corpus) -> int:
+    from glmx.serve.llm import SamplingParams
+
+    prompts = heldout_prompts(corpus)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=COMPLETION_TOKENS))
+    texts = [prompt + output.outputs[0].text for prompt, output in zip(prompts, outputs, strict=True)]
+    return sum(parses(text[: text.rfind("\n") + 1]) for text in texts)
+
+
+def heldout_prompts(corpus: Corpus) -> list[str]:
+    """The heads of held-out module-level functions, one per file where that is enough, in the corpus's order."""
+    prompts = []
+    for document in corpus.heldout:
+        heads = [line for line in document.text.splitlines() if line.startswith("def ") and line.rstrip().endswith(":")]
+        prompts += [head.rstrip() + "\n" for head in heads[:2]]
+    if len(prompts) < COMPLETIONS:
+        prompts += [f"def f{i}(x):\n" for i in range(COMPLETIONS - len(prompts))]
+    return prompts[:COMPLETIONS]
+
+
+def parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def next_steps(args: argparse.Namespace, console: Any, checkpoint: Path) -> None:
+    console.print(
+        f"checkpoint  {checkpoint} (a Hugging Face directory)\n"
+        f"try next    glmx generate {checkpoint} --prompt 'import os' --max-tokens 64\n"
+        f"            glmx demo --tokens {2 * TOKENS} --out longer-run\n"
+        f"            glmx env",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,119 @@
+"""The main job, end to end on a small budget: `glmx demo` in a subprocess, then everything it must leave behind.
+
+The checkpoint is compared with transformers on held-out text, as a user would load it.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOKENS = 40_960  # twenty steps
+SNIPPETS = 50
+
+
+def demo(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "glmx.cli.main", "demo", "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(OUT, what the demo printed)."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    done = demo(out, "--tokens", str(TOKENS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(finished: tuple[Path, str]) -> Path:
+    run = finished[0] / "run"
+    return run / (run / "latest").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def snippets(checkpoint: Path) -> list[list[int]]:
+    """Fifty held-out pieces of 16 to 512 tokens."""
+    from glmx.data import corpus
+    from glmx.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_dir(checkpoint)
+    ids = [i for document in corpus.load().heldout[:40] for i in tokenizer.encode(document.text)]
+    lengths = [16 + round(496 * i / (SNIPPETS - 1)) for i in range(SNIPPETS)]
+    starts = [i * (len(ids) - 512) // SNIPPETS for i in range(SNIPPETS)]
+    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+
+def test_it_leaves_a_checkpoint_a_plot_and_a_completion(finished: tuple[Path, str], checkpoint: Path) -> None:
+    out, printed = finished
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "trainer"):
+        assert (checkpoint / name).exists(), name
+    tokens = re.search(r"a completion of (\d+) tokens", printed)
+    assert tokens and int(tokens[1]) >= 64
+    for phrase in ("held-out bits per byte", "gzip -9", "xz -9", "5-gram", "of 20 completions", "sha256", "MaxVio"):
+        assert phrase in printed, phrase
+    assert f"{TOKENS:,} tokens" in printed
+
+
+def test_the_same_command_resumes_and_adds_nothing(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    log = (out / "run" / "log.jsonl").read_text()
+    again = demo(out, "--tokens", str(TOKENS))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (out / "run" / "log.jsonl").read_text() == log
+
+
+def test_transformers_computes_the_same_logits(checkpoint: Path, snippets: list[list[int]]) -> None:
+    """fp32 logits to 1e-4 and equal greedy ids on held-out snippets."""
+    from transformers import Glm4MoeForCausalLM
+
+    import glmx
+
+    theirs = Glm4MoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    ours = glmx.load(checkpoint, dtype="fp32")
+    worst = 0.0
+    with torch.no_grad():
+        for ids in snippets:
+            input_ids = torch.tensor([ids])
+            expected, found = theirs(input_ids).logits, ours(input_ids).logits
+            worst = max(worst, (expected - found).abs().max().item())
+            assert torch.equal(expected.argmax(-1), found.argmax(-1))
+    assert worst <= 1e-4, worst
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--corpus", "EMPTY"], "--corpus"),
+        (["--tokens", "5"], "--tokens 5: expected at least"),
+        (["--minutes", "-1"], "--minutes -1: expected 0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str], message: str) -> None:
+    options = [str(tmp_path) if option == "EMPTY" else option for option in options]
+    failed = demo(tmp_path / "out", *options)
+    assert failed.returncode == 2
+    assert message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_run_cut_short_says_which_token_count_it_reached(tmp_path: Path) -> None:
+    """On a corpus of its own, which is smaller and so is measured sooner."""
+    size = 0
+    for file in sorted(Path(ast.__file__).parent.glob("*.py")):
+        if size < 3_200_000:
+            (tmp_path / "corpus").mkdir(exist_ok=True)
+            size += (tmp_path / "corpus" / file.name).write_bytes(file.read_bytes())
+    cut = demo(tmp_path / "out", "--minutes", "0.05", "--corpus", str(tmp_path / "corpus"))
+    assert cut.returncode == 0, cut.stdout + cut.stderr
+    reached = json.loads((tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()[-1])["tokens"]
+    assert f"glmx after {reached:,} tokens" in cut.stdout
