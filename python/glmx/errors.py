@@ -17,3 +17,14 @@ class UnsupportedError(GlmxError, ValueError):
 
 class ConfigError(GlmxError, ValueError):
     """A run configuration has an unknown key, a wrong type or an impossible value."""
+
+
+class MissingLibraryError(GlmxError, ImportError):
+    """glmx's compiled libraries are not beside the package, or cannot be loaded."""
+
+    def __init__(self, library: str, cause: BaseException | None = None) -> None:
+        super().__init__(
+            f"glmx's compiled library is missing ({library} beside the package): install glmx with "
+            "`pip install .`, or build in place with `python setup.py build_ext --inplace`. "
+            "The pure torch oracles need no library: import glmx.reference" + (f" (cause: {cause})" if cause else "")
+        )

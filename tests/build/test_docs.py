@@ -46,7 +46,7 @@ def test_every_line_of_the_toolchain_check_is_explained():
 
 def test_every_quoted_error_exists():
     known = set(backend().ERRORS.values()) | toolchain_messages()
-    sources = [ROOT / "python/glmx/ops/_library.py", ROOT / "csrc/core/features.cpp"]
+    sources = [ROOT / "python/glmx/errors.py", ROOT / "csrc/core/features.cpp"]
     # Literals that the language joins, joined; what stands between them is a value.
     text = "\n".join(re.sub(r'"\s*f?"', "", path.read_text()) for path in sources)
     for quoted in QUOTED - known:

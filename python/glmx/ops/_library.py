@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glmx import runtime
+from glmx.errors import MissingLibraryError
+
 _LIBRARY = pathlib.Path(__file__).resolve().parent.parent / "libglmx_torch.so"
 
 
 def _load() -> None:
     if not _LIBRARY.exists():
-        raise ImportError(
-            f"glmx's compiled library is missing ({_LIBRARY.name} beside the package): install glmx with "
-            "`pip install .`, or build in place with `python setup.py build_ext --inplace`. "
-            "The pure torch oracles need no library: import glmx.reference"
-        )
-    from glmx import _native
-
-    _native.active_isa()  # a wrong GLMX_ISA is an error here, before any op runs
+        raise MissingLibraryError(_LIBRARY.name)
+    runtime.native()  # a wrong GLMX_ISA is an error here, before any op runs
     torch.ops.load_library(str(_LIBRARY))
 
 
@@ -39,7 +36,22 @@ def op(name: str) -> Callable[..., None]:
         except RuntimeError as error:
             raise ValueError(str(error).split("\n", 1)[0]) from None
 
-    return call
+    return _logged(name, call) if runtime.settings.log_kernels else call
+
+
+def _logged(name: str, call: Callable[..., None]) -> Callable[..., None]:
+    """GLMX_LOG=kernels: names the kernel at the first call with each dtype."""
+    seen: set[str] = set()
+
+    def logged(*args: Any) -> None:
+        bf16 = any(isinstance(arg, Tensor) and arg.dtype is torch.bfloat16 for arg in args)
+        variant = "bf16" if bf16 else "fp32"
+        if variant not in seen:
+            seen.add(variant)
+            runtime.log_kernel(name, variant)
+        call(*args)
+
+    return logged
 
 
 def check_model_dtype(tensor: Tensor, name: str) -> None:
