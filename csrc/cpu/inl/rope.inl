@@ -6,7 +6,8 @@
 //            near-ties, at any position below 2^31. Rotation: each product and each sum rounded to dtype (Hugging Face order)
 // Algorithm  work item = 64 tokens (angles) or 16 tokens (rotation); angles eight at a time, rotation sixteen elements, heads innermost
 // Work/bytes angles about 60*T*half flop fp64; rotation 6*T*A*half flop, 2*T*A*D elements: bound by memory
-// Measured   not measured yet (speed is step 5)
+// Measured   angles 46 ns per token of 32 pairs (AVX2 61); rotation 49 ns per token of 4 x 64 bf16, half of it turning, 100 interleaved
+//            (AVX2 61 and 98): one thread of a shared Zen 4 machine, processor time
 // Limits     half >= 1, 2 * half <= D; host checks in ops/rope.cpp
 #include "cpu/inl/math64.inl"
 #include "cpu/inl/rows.inl"

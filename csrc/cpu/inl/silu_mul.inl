@@ -5,7 +5,7 @@
 // Numerics   fp32 inside (exp16 of vec_math.inl, exact division), one rounding; silu_mul16 is also grouped_gemm's epilogue
 // Algorithm  one work item = 16 rows; every element stands alone
 // Work/bytes about 20*T*I flop forward; 3*T*I elements (backward 5*T*I): exp and memory are about even
-// Measured   not measured yet (speed is step 5)
+// Measured   1.0 ns per output (bf16, 4096 x 768), backward 1.3; AVX2 2.4 and 2.9: one thread of a shared Zen 4 machine, processor time
 // Limits     I >= 1; host checks in ops/silu_mul.cpp
 #include "cpu/inl/rows.inl"
 #include "cpu/inl/vec_math.inl"
