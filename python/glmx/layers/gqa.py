@@ -71,11 +71,11 @@ def attention(
     lengths = batch.q_lens
     keys: Iterable[tuple[torch.Tensor, torch.Tensor]]
     if state is None:
-        keys = zip(k_TGd.split(lengths), v_TGd.split(lengths), strict=True)
+        keys = list(zip(k_TGd.split(lengths), v_TGd.split(lengths), strict=True))
     else:
         assert batch.seq_ids is not None and batch.seq_lens is not None
         state.append(batch, k_TGd, v_TGd)
-        keys = map(state.rows, batch.seq_ids, batch.seq_lens)
+        keys = list(map(state.rows, batch.seq_ids, batch.seq_lens))
     out = [_attend_one(q, k, v) for q, (k, v) in zip(q_TAd.split(lengths), keys, strict=True) if len(q)]
     return torch.cat(out) if len(out) > 1 else out[0] if out else torch.empty_like(q_TAd)
 

@@ -22,7 +22,7 @@ from glmx.serve.sampling import Logprob, SamplingParams
 
 @dataclass
 class Request:
-    """A prompt on its way to being completed. `slot` is its place in the state while it runs."""
+    """A prompt on its way to being completed. `slot` is its place in the state while it runs, else -1."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -31,7 +31,7 @@ class Request:
     stop_ids: frozenset[int]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    slot: int | None = None
+    slot: int = -1
     finish_reason: str | None = None
 
     @property
@@ -169,6 +169,6 @@ class Engine:
             self._release(request)
 
     def _release(self, request: Request) -> None:
-        if request.slot is not None:
+        if request.slot >= 0:
             self.state.free(request.slot)
-            request.slot = None
+            request.slot = -1

@@ -21,7 +21,7 @@ from glmx.serve.sampling import CompletionOutput, Logprob, RequestOutput, Sampli
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
 
-_Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -58,7 +58,7 @@ class LLM:
         self._requests = 0
 
     def generate(
-        self, prompts: _Prompts, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: str | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Completes every prompt; results are in the prompts' order.
 
@@ -81,9 +81,7 @@ class LLM:
             self.engine.abort()
         return [self._output(prompt, request) for prompt, request in zip(listed, requests, strict=True)]
 
-    def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[str | RequestOutput]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str | RequestOutput]:
         """Completes one prompt: yields pieces of text as they become complete, then the RequestOutput.
 
         The pieces joined are the output's text.
@@ -109,7 +107,7 @@ class LLM:
         ids = self.tokenizer.encode(prompt)
         return ids if prompt.startswith(PREFIX[0]) else [*self.tokenizer.prefix_ids, *ids]
 
-    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if isinstance(prompt, str):
             ids = self.encode(prompt)
         elif isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
@@ -126,7 +124,7 @@ class LLM:
         eos = frozenset() if params.ignore_eos else self.eos_ids
         return Request(str(number), ids, params, seed, eos | set(params.stop_token_ids))
 
-    def _output(self, prompt: str | Sequence[int], request: Request) -> RequestOutput:
+    def _output(self, prompt: Prompt, request: Request) -> RequestOutput:
         stopped = request.finish_reason == "stop"
         out = CompletionOutput(
             text=self._text(request.token_ids[: -1 if stopped else None]),
