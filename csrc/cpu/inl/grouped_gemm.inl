@@ -23,15 +23,21 @@ constexpr int64_t kBlockCols = 256;  // packing a row block is shared by 256 col
 constexpr int64_t kFewRows = 32;     // up to so many rows, an item has 64 columns: more items for the threads of a decode step
 constexpr int64_t kPackedRows = 160 * 1024 / 4;  // floats of packed rows per chunk, when few rows allow a chunk longer than kDepth
 
-// c[rows][kCols] += a tile @ a panel over blocks * 32 steps of depth. Row i, step k of the tile: a[i * 32 + k], or a[k * kRows + i].
+// c[rows][kCols] += a tile @ a panel over `depth` steps. Row i, step k of the tile: a[i * 32 + k], or a[k * kRows + i].
+// A last block of fewer than 32 steps ends early: the steps of zeros that it lacks would do no more than turn a chain of -0 into +0,
+// which adding +0 does too.
 template <int rows, bool depth_major>
-inline void tile_times_panel(const float* a, const float* b, float* c, int64_t ldc, int64_t blocks) {
+inline void tile_times_panel(const float* a, const float* b, float* c, int64_t ldc, int64_t depth) {
   constexpr int row_step = depth_major ? 1 : 32, depth_step = depth_major ? kRows : 1;
-  for (; blocks > 0; --blocks, a += 32 * kRows, b += 32 * kCols) {
+  for (; depth > 0; depth -= 32, a += 32 * kRows, b += 32 * kCols) {
+    const int steps = depth < 32 ? static_cast<int>(depth + 1) & ~1 : 32;
     V16 chain[2][rows][kVecs];
-#pragma GCC unroll 16
-    for (int i = 0; i < 2 * rows * kVecs; ++i) chain[i / (rows * kVecs)][i / kVecs % rows][i % kVecs] = zero();
-    for (int k = 0; k < 32; k += 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) chain[0][i][j] = chain[1][i][j] = zero();
+    }
+    for (int k = 0; k < steps; k += 2) {
 #pragma GCC unroll 2
       for (int parity = 0; parity < 2; ++parity) {
         V16 panel[kVecs];
@@ -49,6 +55,10 @@ inline void tile_times_panel(const float* a, const float* b, float* c, int64_t l
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
+        if (steps < 32) {
+          chain[0][i][j] = add(chain[0][i][j], zero());
+          chain[1][i][j] = add(chain[1][i][j], zero());
+        }
         float* at = c + i * ldc + 16 * j;
         store(at, add(load(at), add(chain[0][i][j], chain[1][i][j])));
       }
@@ -57,11 +67,11 @@ inline void tile_times_panel(const float* a, const float* b, float* c, int64_t l
 }
 
 template <bool depth_major, int rows = kRows>
-inline void tile_times_panel_n(int64_t n, const float* a, const float* b, float* c, int64_t ldc, int64_t blocks) {
+inline void tile_times_panel_n(int64_t n, const float* a, const float* b, float* c, int64_t ldc, int64_t depth) {
   if constexpr (rows > 1) {
-    if (n < rows) return tile_times_panel_n<depth_major, rows - 1>(n, a, b, c, ldc, blocks);
+    if (n < rows) return tile_times_panel_n<depth_major, rows - 1>(n, a, b, c, ldc, depth);
   }
-  tile_times_panel<rows, depth_major>(a, b, c, ldc, blocks);
+  tile_times_panel<rows, depth_major>(a, b, c, ldc, depth);
 }
 
 // Rows of T that are contiguous in depth -> one tile [depth / 32][kRows][32]. `row(i)` is where row i's depth begins.
@@ -236,11 +246,11 @@ void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64
     for (int64_t j = 0; j < halves * panels; ++j) {
       const int64_t half = j / panels, col = j % panels * kCols;
       for (int64_t k = 0; k < steps; k += kDepth) {
-        const int64_t now = least(kDepth, steps - k), blocks = (now + 31) / 32;
+        const int64_t now = least(kDepth, steps - k);
         op.pack_cols(e, half, col0 + col, least(kCols, cols - col), k0 + k, now, panel);
         for (int64_t t = 0; t < tiles; ++t) {
           tile_times_panel_n<Op::kDepthMajor>(rows - t * kRows, packed + t * kRows * padded + k * kRows, panel,
-                                              c + t * kRows * ldc + j * kCols, ldc, blocks);
+                                              c + t * kRows * ldc + j * kCols, ldc, now);
         }
       }
     }
