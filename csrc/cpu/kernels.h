@@ -37,4 +37,8 @@ GLMX_VECTOR_KERNELS
 namespace glmx::cpu::avx512 {
 GLMX_VECTOR_KERNELS
 }
-namespace glmx::cpu::amx {}
+namespace glmx::cpu::amx {  // bf16 only
+void grouped_gemm(const GroupedGemmParams& p);
+void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);
+void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);
+}  // namespace glmx::cpu::amx

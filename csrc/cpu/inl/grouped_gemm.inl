@@ -126,6 +126,7 @@ inline void pack_panel_columns(Row row, int64_t n, int64_t depth, float* out) {
   int64_t k = 0;
   for (; k < depth; ++k, out += kCols) {
     const T* from = row(k);
+    for (int64_t j = 0; j < kCols; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + kCols + j);
     for (int64_t j = 0; j < kCols; j += 16) {
       store(out + j, j + 16 <= n ? load(from + j) : j < n ? load_n(from + j, static_cast<int>(n - j)) : zero());
     }
@@ -139,7 +140,7 @@ inline void pack_panel_columns(Row row, int64_t n, int64_t depth, float* out) {
 template <class T>
 struct Forward {
   const GroupedGemmParams& p;
-  static constexpr bool kDepthMajor = false;
+  static constexpr bool kDepthMajor = false, kPanelRows = true;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
   int64_t width() const { return p.silu_mul ? p.N / 2 : p.N; }
@@ -163,7 +164,7 @@ struct Forward {
 template <class T>
 struct Dgrad {
   const GroupedGemmDgradParams& p;
-  static constexpr bool kDepthMajor = false;
+  static constexpr bool kDepthMajor = false, kPanelRows = false;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
   int64_t width() const { return p.K; }
@@ -186,7 +187,7 @@ struct Dgrad {
 template <class T>
 struct Wgrad {
   const GroupedGemmWgradParams& p;
-  static constexpr bool kDepthMajor = true;
+  static constexpr bool kDepthMajor = true, kPanelRows = false;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.accumulate && depth(e) == 0 ? 0 : p.N; }
   int64_t width() const { return p.K; }
@@ -221,7 +222,7 @@ inline Cut cut(const Op& op, int64_t e) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   c.block_rows = round_up((rows + blocks - 1) / blocks, kRows);
   c.row_blocks = (rows + c.block_rows - 1) / c.block_rows;
-  c.block_cols = (rows <= kFewRows ? 64 : kBlockCols) / op.halves();
+  c.block_cols = (Op::kPanelRows && rows <= kFewRows ? 64 : kBlockCols) / op.halves();
   c.col_blocks = (op.width() + c.block_cols - 1) / c.block_cols;
   return c;
 }
@@ -232,8 +233,9 @@ void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64
   const int64_t col0 = col_block * cut.block_cols, cols = least(cut.block_cols, op.width() - col0);
   const int64_t panels = (cols + kCols - 1) / kCols, halves = op.halves(), ldc = halves * panels * kCols;
   const int64_t tiles = (rows + kRows - 1) / kRows, depth = op.depth(e);
-  int64_t chunk = kPackedRows / (tiles * kRows) / kDepth * kDepth;
-  chunk = least(chunk < kDepth ? kDepth : chunk, round_up(depth, 32));
+  int64_t chunk = kDepth;
+  if (Op::kPanelRows && chunk < kPackedRows / (tiles * kRows)) chunk = kPackedRows / (tiles * kRows) / kDepth * kDepth;
+  chunk = least(chunk, round_up(depth, 32));
 
   float* c = static_cast<float*>(thread_scratch(Scratch::item, (tiles * kRows * ldc + tiles * kRows * chunk + 16 + kDepth * kCols) * 4));
   float* panel = c + tiles * kRows * ldc;

@@ -1,0 +1,121 @@
+// Inputs and a comparison for the three GEMM ops: one Problem, run by any kernel set, gives every output as bytes.
+#pragma once
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace test {
+
+struct Shape {
+  std::vector<int32_t> rows;  // per expert
+  int64_t N, K, tail;         // tail: rows past the last expert
+  bool gather;
+  const char* values;  // "unit", "tiny" (products and sums around the smallest normal), "huge" (overflow)
+};
+
+inline const std::vector<Shape>& gemm_shapes() {
+  static const std::vector<Shape> shapes = {
+      {{1}, 1, 1, 0, false, "unit"},        {{1}, 48, 64, 0, false, "unit"},
+      {{1}, 130, 97, 0, false, "tiny"},     {{3, 0, 33, 1}, 34, 65, 2, true, "unit"},
+      {{0, 0}, 18, 40, 3, true, "unit"},    {{17, 16, 15}, 66, 31, 0, false, "tiny"},
+      {{40, 7}, 32, 33, 1, true, "huge"},   {{5, 31}, 258, 32, 0, true, "tiny"},
+      {{64}, 64, 2080, 0, false, "unit"},    // more depth than one chunk of the AMX kernel
+      {{2085}, 18, 16, 0, true, "unit"},     // the same for wgrad; many row blocks for the others
+      {{300, 2}, 20, 70, 0, false, "unit"},  // more rows than one block
+      {{2}, 1100, 34, 0, false, "unit"},     // more columns than one block
+      {{9}, 6, 530, 0, true, "tiny"},
+  };
+  return shapes;
+}
+
+struct KernelSet {
+  void (*forward)(const glmx::GroupedGemmParams&);
+  void (*dgrad)(const glmx::GroupedGemmDgradParams&);
+  void (*wgrad)(const glmx::GroupedGemmWgradParams&);
+};
+
+inline float random_value(std::mt19937& rng, const std::string& values) {
+  const float unit = (static_cast<float>(rng() >> 8) / 8388608.0f - 1.0f);
+  if (values == "unit") return unit;
+  if (values == "huge") return std::ldexp(unit, 50 + static_cast<int>(rng() % 16));
+  if (rng() % 16 == 0) return std::ldexp(unit, -126 - static_cast<int>(rng() % 8));  // denormal
+  return std::ldexp(unit, -55 - static_cast<int>(rng() % 12));
+}
+
+inline uint16_t bf16_of(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Every output of forward, dgrad and wgrad on this shape, in fp32 words (bf16 outputs are widened). NaNs are made equal.
+// Outputs are exactly as large as the contract says, and inputs too, so that ASan sees a read or write past them.
+inline std::vector<uint32_t> run_gemms(const Shape& s, glmx::DType dtype, const KernelSet& kernels) {
+  using glmx::DType;
+  std::mt19937 rng(7);
+  const int64_t E = static_cast<int64_t>(s.rows.size()), size = glmx::dtype_size(dtype);
+  std::vector<int32_t> offsets(1, 0);
+  for (int32_t n : s.rows) offsets.push_back(offsets.back() + n);
+  const int64_t R = offsets.back() + s.tail, M = s.gather ? R / 2 + 1 : R;
+  std::vector<int32_t> row_token(R, -1);
+  for (int64_t r = 0; r < offsets.back(); ++r) row_token[r] = static_cast<int32_t>(rng() % M);
+  const auto matrix = [&](int64_t elements) {
+    std::vector<char> out(elements * size);
+    for (int64_t i = 0; i < elements; ++i) {
+      const float f = random_value(rng, s.values);
+      const uint16_t h = bf16_of(f);
+      std::memcpy(out.data() + i * size, size == 2 ? static_cast<const void*>(&h) : &f, size);
+    }
+    return out;
+  };
+  const std::vector<char> x = matrix(M * s.K), w = matrix(E * s.N * s.K), dy = matrix(R * s.N), bias = matrix(E * s.N);
+  const std::vector<char> start = matrix(E * s.N * s.K * (size == 2 ? 2 : 1));
+  std::vector<uint32_t> bits;
+  const auto keep = [&](const std::vector<char>& out, DType type) {
+    for (size_t i = 0; i < out.size(); i += glmx::dtype_size(type)) {
+      uint32_t word = 0;
+      if (type == DType::bf16) {
+        uint16_t half;
+        std::memcpy(&half, out.data() + i, 2);
+        word = uint32_t{half} << 16;
+      } else {
+        std::memcpy(&word, out.data() + i, 4);
+      }
+      bits.push_back((word & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : word);
+    }
+  };
+  const int32_t* tokens = s.gather ? row_token.data() : nullptr;
+  const std::vector<DType> out_dtypes = dtype == DType::bf16 ? std::vector<DType>{DType::f32, DType::bf16} : std::vector<DType>{DType::f32};
+  for (DType out_dtype : out_dtypes) {
+    const int64_t out_size = glmx::dtype_size(out_dtype);
+    for (int variant = 0; variant < 4; ++variant) {  // bias, silu_mul
+      const bool silu = variant >= 2;
+      if (silu && s.N % 2 != 0) continue;
+      std::vector<char> out(R * (silu ? s.N / 2 : s.N) * out_size, 0x55), preact(silu ? R * s.N * size : 0, 0x55);
+      glmx::GroupedGemmParams p{};
+      p.x = x.data(), p.w = w.data(), p.bias = variant % 2 ? bias.data() : nullptr, p.expert_offsets = offsets.data(), p.row_token = tokens;
+      p.out = out.data(), p.preact = silu ? preact.data() : nullptr, p.M = M, p.R = R, p.N = s.N, p.K = s.K, p.E = E;
+      p.dtype = dtype, p.out_dtype = out_dtype, p.silu_mul = silu;
+      kernels.forward(p);
+      keep(out, out_dtype);
+      keep(preact, dtype);
+    }
+    std::vector<char> dx(R * s.K * out_size, 0x55);
+    kernels.dgrad({dy.data(), w.data(), offsets.data(), dx.data(), R, s.N, s.K, E, dtype, out_dtype});
+    keep(dx, out_dtype);
+    for (bool accumulate : {false, true}) {
+      if (accumulate && out_dtype != DType::f32) continue;
+      std::vector<char> dw = accumulate ? start : std::vector<char>(E * s.N * s.K * out_size, 0x55);
+      if (accumulate && size == 2) dw.resize(E * s.N * s.K * 4);
+      kernels.wgrad({dy.data(), x.data(), offsets.data(), tokens, dw.data(), M, R, s.N, s.K, E, dtype, out_dtype, accumulate});
+      keep(dw, out_dtype);
+    }
+  }
+  return bits;
+}
+
+}  // namespace test

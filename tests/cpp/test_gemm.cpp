@@ -1,0 +1,80 @@
+// grouped_gemm, dgrad and wgrad: every kernel this machine can run against base, bit for bit; base against the tree written down plainly.
+#include "core/features.h"
+#include "gemm_cases.h"
+#include "harness.h"
+
+namespace {
+
+using glmx::DType;
+using glmx::Isa;
+namespace cpu = glmx::cpu;
+
+const test::KernelSet kBase{cpu::base::grouped_gemm, cpu::base::grouped_gemm_dgrad, cpu::base::grouped_gemm_wgrad};
+const test::KernelSet kAvx2{cpu::avx2::grouped_gemm, cpu::avx2::grouped_gemm_dgrad, cpu::avx2::grouped_gemm_wgrad};
+const test::KernelSet kAvx512{cpu::avx512::grouped_gemm, cpu::avx512::grouped_gemm_dgrad, cpu::avx512::grouped_gemm_wgrad};
+const test::KernelSet kAmx{cpu::amx::grouped_gemm, cpu::amx::grouped_gemm_dgrad, cpu::amx::grouped_gemm_wgrad};
+
+void equal_to_base(const test::KernelSet& kernels, DType dtype) {
+  int at = 0;
+  for (const test::Shape& shape : test::gemm_shapes()) {
+    const std::vector<uint32_t> want = test::run_gemms(shape, dtype, kBase), got = test::run_gemms(shape, dtype, kernels);
+    size_t differ = 0, first = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (want[i] != got[i] && differ++ == 0) first = i;
+    }
+    CHECK(differ == 0, "shape ", at, ": ", differ, " of ", want.size(), " words differ, the first at ", first);
+    ++at;
+  }
+}
+
+TEST(gemm, avx2_equals_base) {
+  if (glmx::machine_isa() < Isa::avx2) SKIP("this CPU has no avx2");
+  equal_to_base(kAvx2, DType::bf16);
+  equal_to_base(kAvx2, DType::f32);
+}
+
+TEST(gemm, avx512_equals_base) {
+  if (glmx::machine_isa() < Isa::avx512) SKIP("this CPU has no avx512");
+  equal_to_base(kAvx512, DType::bf16);
+  equal_to_base(kAvx512, DType::f32);
+}
+
+// The kernel packs and stores with AVX-512; its tiles are the software twin's.
+TEST(amx, software_twin_equals_base) {
+  if (glmx::machine_isa() < Isa::avx512) SKIP("this CPU has no avx512");
+  equal_to_base(kAmx, DType::bf16);
+}
+
+// The depth is not padded and no step is left out: the tree of ops.h in five lines.
+float tree(const float* a, const float* b, int64_t depth) {
+  float c = 0.0f;
+  for (int64_t k0 = 0; k0 < depth; k0 += 32) {
+    float chain[2] = {0.0f, 0.0f};
+    for (int64_t k = k0; k < k0 + 32; ++k) chain[k % 2] = std::fma(k < depth ? a[k] : 0.0f, k < depth ? b[k] : 0.0f, chain[k % 2]);
+    c = c + (chain[0] + chain[1]);
+  }
+  return c;
+}
+
+TEST(gemm, base_follows_the_tree) {
+  std::mt19937 rng(3);
+  for (int64_t K : {1, 2, 31, 32, 33, 64, 97, 300}) {
+    const int64_t M = 7, N = 19;
+    std::vector<float> x(M * K), w(N * K), out(M * N);
+    for (float& f : x) f = test::random_value(rng, "unit");
+    for (float& f : w) f = test::random_value(rng, "unit");
+    const int32_t offsets[2] = {0, static_cast<int32_t>(M)};
+    glmx::GroupedGemmParams p{};
+    p.x = x.data(), p.w = w.data(), p.expert_offsets = offsets, p.out = out.data();
+    p.M = M, p.R = M, p.N = N, p.K = K, p.E = 1, p.dtype = DType::f32, p.out_dtype = DType::f32;
+    kBase.forward(p);
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t n = 0; n < N; ++n) {
+        const float want = tree(&x[m * K], &w[n * K], K);
+        CHECK(std::memcmp(&want, &out[m * N + n], 4) == 0, "K ", K, " m ", m, " n ", n, ": ", out[m * N + n], ", the tree gives ", want);
+      }
+    }
+  }
+}
+
+}  // namespace
