@@ -45,7 +45,31 @@ TEST(amx, software_twin_equals_base) {
   equal_to_base(kAmx, DType::bf16);
 }
 
-// The depth is not padded and no step is left out: the tree of ops.h in five lines.
+// A sum that was flushed to -0, then a last block of 2 steps whose products are flushed to -0: the 30 steps of zeros behind them make its
+// chains +0 and the sum +0. A kernel that leaves those steps out without a thought stores -0.
+TEST(gemm, padded_steps_are_not_free) {
+  const int64_t K = 66;
+  std::vector<uint16_t> x(K, 0), w(K, 0);
+  const float tiny = std::ldexp(1.0f, -126), small = std::ldexp(1.0f, -70);
+  x[0] = test::bf16_of(-1.5f), w[0] = test::bf16_of(tiny);
+  x[32] = test::bf16_of(1.25f), w[32] = test::bf16_of(tiny);
+  for (int64_t k : {64, 65}) x[k] = test::bf16_of(-small), w[k] = test::bf16_of(small);
+  const int32_t offsets[2] = {0, 1};
+  const Isa isa = glmx::machine_isa();
+  std::vector<const test::KernelSet*> sets = {&kBase};
+  if (isa >= Isa::avx2) sets.push_back(&kAvx2);
+  if (isa >= Isa::avx512) sets.insert(sets.end(), {&kAvx512, &kAmx});
+  for (const test::KernelSet* kernels : sets) {
+    uint32_t out = 1;
+    glmx::GroupedGemmParams p{};
+    p.x = x.data(), p.w = w.data(), p.expert_offsets = offsets, p.out = &out;
+    p.M = 1, p.R = 1, p.N = 1, p.K = K, p.E = 1, p.dtype = DType::bf16, p.out_dtype = DType::f32;
+    kernels->forward(p);
+    CHECK(out == 0, "bits ", out);
+  }
+}
+
+// No step is left out: the tree of ops.h in five lines.
 float tree(const float* a, const float* b, int64_t depth) {
   float c = 0.0f;
   for (int64_t k0 = 0; k0 < depth; k0 += 32) {
