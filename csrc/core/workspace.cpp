@@ -2,8 +2,9 @@
 #include "core/workspace.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
+
+#include "core/fatal.h"
 
 namespace glmx {
 namespace {
@@ -24,10 +25,7 @@ void* thread_scratch(Scratch slot, int64_t bytes) {
     const int64_t size = (std::max(bytes, buffer.size + buffer.size / 2) + 63) / 64 * 64;
     buffer.data = std::aligned_alloc(64, static_cast<size_t>(size));
     buffer.size = size;
-    if (buffer.data == nullptr) {
-      std::fprintf(stderr, "glmx: out of memory: %lld bytes of kernel scratch\n", static_cast<long long>(size));
-      std::abort();
-    }
+    if (buffer.data == nullptr) fatal("out of memory: kernel scratch");
   }
   return buffer.data;
 }

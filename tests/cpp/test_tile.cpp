@@ -3,13 +3,14 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
+#include "core/fatal.h"
 #include "harness.h"
 
 namespace {
+
+using glmx::fatal;
 
 #define GLMX_AMX_SOFTWARE
 #include "cpu/amx/tile.h"

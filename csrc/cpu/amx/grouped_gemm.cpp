@@ -16,10 +16,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
+#include "core/fatal.h"
 #include "core/parallel.h"
 #include "core/workspace.h"
 #include "cpu/kernels.h"

@@ -4,7 +4,7 @@
 // With GLMX_AMX_SOFTWARE the same functions run on arrays, on any machine: tests/cpp executes the AMX kernels with them. The twin checks
 // what the hardware would fault on (palette, tile sizes, shapes that do not match) and what it would silently get wrong (a tile read
 // before it is written, a row stride shorter than the row), and computes exactly what tdpbf16ps computes.
-// Included inside an anonymous namespace, after <cmath>, <cstdint>, <cstdio>, <cstdlib>, <cstring>.
+// Included inside an anonymous namespace, after <cmath>, <cstdint>, <cstring>, "core/fatal.h".
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -50,9 +50,7 @@ struct SoftwareTiles {
 thread_local SoftwareTiles g_tiles;
 
 inline void tile_check(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "AMX software twin: %s\n", what);
-  std::abort();
+  if (!ok) fatal(what);
 }
 
 inline SoftwareTile& tile_of(int t) {
@@ -70,7 +68,7 @@ inline void tile_poison(SoftwareTile& tile) {
 
 inline void tile_configure(const TileConfig& config) {
   tile_check(reinterpret_cast<uintptr_t>(&config) % 64 == 0, "a configuration that is not aligned");
-  tile_check(config.palette == 1 && config.start_row == 0, "expected palette 1, start row 0");
+  tile_check(config.palette == 1 && config.start_row == 0, "AMX tile configuration: expected palette 1, start row 0");
   for (uint8_t byte : config.reserved) tile_check(byte == 0, "reserved bytes of the configuration are not zero");
   for (int t = 0; t < 16; ++t) {
     const int rows = config.rows[t], row_bytes = config.row_bytes[t];
