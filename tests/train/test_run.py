@@ -271,3 +271,16 @@ def test_training_balances_the_experts_and_a_flipped_sign_does_not(raw, monkeypa
     for layer in (0, 1):
         assert balanced[layer] < 0.5
         assert flipped[layer] > 0.8
+
+
+def test_the_same_bits_for_any_thread_count(raw):
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            run = {**raw, "out": f"{raw['out']}-{threads}"}
+            pretrain(make_config(run), quiet=True)
+            runs.append(fingerprint(run["out"]))
+    finally:
+        torch.set_num_threads(before)
+    assert runs[0] == runs[1]
