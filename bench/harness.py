@@ -1,0 +1,101 @@
+"""What every benchmark shares: alternating rounds, rows, saved ratios.
+
+A row compares one call with its peers in the same run: peers and ours take turns, round by round, and the median of the
+rounds' ratios is what counts. Ratios survive a machine that changes speed; times do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "build" / "bench" / "results.jsonl"
+REGRESSION = 0.85  # a row below this share of its last saved ratio is flagged
+
+
+@dataclass
+class Row:
+    """One line of the table. `rate` in `unit`, `ceiling` the measured bound it is a share of, `ratio` per peer."""
+
+    name: str
+    machine: str
+    kernel: str
+    threads: int
+    rounds: int
+    seconds: float
+    rate: float
+    unit: str
+    ceiling: str
+    share: float
+    ratio: dict[str, float]
+    flagged: list[str] = dataclasses.field(default_factory=list)
+
+
+def timed(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def median_ratios(ours: list[float], peers: dict[str, list[float]]) -> dict[str, float]:
+    """How many times as fast as each peer: the median over rounds of peer time / our time."""
+    return {
+        peer: statistics.median(theirs / mine for theirs, mine in zip(times, ours, strict=True))
+        for peer, times in peers.items()
+    }
+
+
+def key(row: Row) -> tuple[str, str, str, int]:
+    return row.machine, row.name, row.kernel, row.threads
+
+
+def last_saved(path: pathlib.Path = RESULTS) -> dict[tuple[str, str, str, int], Row]:
+    """The newest saved row of each key."""
+    if not path.exists():
+        return {}
+    rows = [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    return {key(row): row for row in rows}
+
+
+def flag(row: Row, before: Row | None) -> list[str]:
+    """A word for each peer against which `row` does worse than REGRESSION times its last saved ratio."""
+    if before is None:
+        return []
+    return [
+        f"{peer}: {ratio:.2f}x, was {before.ratio[peer]:.2f}x"
+        for peer, ratio in row.ratio.items()
+        if peer in before.ratio and ratio < REGRESSION * before.ratio[peer]
+    ]
+
+
+def save(rows: list[Row], path: pathlib.Path = RESULTS) -> None:
+    """Adds rows that are not flagged: a slow run does not become what the next one is compared with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        for row in rows:
+            if not row.flagged:
+                file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, one line each, regressions below."""
+    peers = sorted({peer for row in rows for peer in row.ratio})
+    width = max(len(row.name) for row in rows)
+    lines = [
+        f"{'row':{width}} {'kernel':>7} {'thr':>3} {'ms':>9} {'rate':>14} {'share of ceiling':>22}  ratio to peers"
+    ]
+    for row in rows:
+        ratios = "  ".join(f"{peer} {row.ratio[peer]:.2f}x" for peer in peers if peer in row.ratio)
+        share = f"{100 * row.share:.0f} % of {row.ceiling}"
+        rate = f"{row.rate:.1f} {row.unit}"
+        milliseconds = f"{1e3 * row.seconds:.3f}"
+        lines.append(
+            f"{row.name:{width}} {row.kernel:>7} {row.threads:>3} {milliseconds:>9} {rate:>14} {share:>22}  {ratios}"
+        )
+    lines += [f"SLOWER THAN BEFORE  {row.name}: {'; '.join(row.flagged)}" for row in rows if row.flagged]
+    return "\n".join(lines)

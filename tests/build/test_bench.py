@@ -1,0 +1,43 @@
+"""The benchmark harness: alternated medians, saved ratios, and a planted slowdown that must be flagged."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+from tests.build.tree import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import harness
+
+
+def row(ratio: float, **changes) -> harness.Row:
+    base = harness.Row("gemm", "a machine", "avx2", 2, 3, 0.1, 50.0, "GFLOP/s", "tree_avx2", 0.5, {"peer": ratio})
+    return dataclasses.replace(base, **changes)
+
+
+def test_the_ratio_is_the_median_of_the_rounds():
+    """A round in which the machine halved its speed for both leaves the ratio alone."""
+    assert harness.median_ratios([1.0, 2.0, 1.0], {"peer": [3.0, 6.0, 90.0]}) == {"peer": 3.0}
+
+
+def test_a_planted_slowdown_is_flagged_and_not_saved(tmp_path):
+    path = tmp_path / "results.jsonl"
+    harness.save([row(1.4)], path)
+    twice_as_slow = harness.median_ratios([2.0, 2.0, 2.0], {"peer": [1.4, 1.4, 1.4]})
+    slow = row(twice_as_slow["peer"])
+    slow.flagged = harness.flag(slow, harness.last_saved(path)[harness.key(slow)])
+    assert slow.flagged == ["peer: 0.70x, was 1.40x"]
+    assert "SLOWER THAN BEFORE  gemm" in harness.table([slow])
+    harness.save([slow], path)
+    assert harness.last_saved(path)[harness.key(slow)].ratio == {"peer": 1.4}
+
+
+@pytest.mark.parametrize("ratio", [1.4, 1.25, 3.0])
+def test_noise_is_not_flagged(ratio):
+    assert harness.flag(row(ratio), row(1.4)) == []
+
+
+def test_rows_of_another_machine_or_kernel_are_not_compared():
+    assert len({harness.key(row(1.0)), harness.key(row(1.0, machine="b")), harness.key(row(1.0, kernel="amx"))}) == 3
