@@ -21,15 +21,6 @@ def stems() -> list[str]:
     return [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name in names]
 
 
-# Being written now; goes with the last of step 1.
-PENDING = ("tests/ops/", "bench/ops/", "docs/ops/rms_norm.md", "amx")
-
-
-def landed(stem: str) -> bool:
-    """Until step 1 is complete: an op with no C++ file at all has not been started; one with some must be whole."""
-    return (ROOT / f"csrc/ops/{stem}.cpp").exists()
-
-
 def sources(*suffixes: str, under: str = "csrc") -> list[pathlib.Path]:
     return sorted(path for path in (ROOT / under).rglob("*") if path.suffix in suffixes and path.is_file())
 
