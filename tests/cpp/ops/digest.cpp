@@ -1,0 +1,319 @@
+// Every op over small shapes: buffers of exactly the size that ops.h names, outputs poisoned first and hashed after.
+// Run by CMake under each instruction set and thread count; equal hashes are X1 and X5 without Python. Under ASan, no byte outside.
+//
+//   glmx_ops_digest write|compare FILE THREADS      exit 77: this machine lacks the pinned instruction set
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "glmx/ops.h"
+#include "pool.h"
+
+#define CHECK(cond)                                                           \
+  do {                                                                        \
+    if (!(cond)) {                                                            \
+      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #cond); \
+      ++g_failures;                                                           \
+    }                                                                         \
+  } while (0)
+
+namespace {
+
+using glmx::DType;
+using glmx::Isa;
+
+int g_failures = 0;
+
+std::map<std::string, uint64_t> g_digests;
+std::set<std::string> g_ops;
+
+// A heap buffer of exactly n bytes: ASan reports the first byte outside it.
+class Bytes {
+ public:
+  explicit Bytes(int64_t n) : data_(new uint8_t[static_cast<size_t>(n)]), size_(n) {
+    std::memset(data_.get(), 0xff, static_cast<size_t>(n));
+  }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_.get());
+  }
+  void* get() const { return data_.get(); }
+  int64_t size() const { return size_; }
+
+ private:
+  std::unique_ptr<uint8_t[]> data_;
+  int64_t size_;
+};
+
+uint64_t g_state = 1;
+uint32_t random_bits() {  // splitmix64
+  uint64_t z = (g_state += 0x9e3779b97f4a7c15ull);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
+}
+
+// Values of both signs over ten binades, with a zero now and then; a bf16 is the upper half of an fp32.
+float random_value() {
+  if (random_bits() % 16 == 0) return random_bits() % 2 ? 0.0f : -0.0f;
+  const float unit = static_cast<float>(random_bits()) / 4294967296.0f + 0.5f;
+  const int exponent = static_cast<int>(random_bits() % 10) - 5;
+  return std::ldexp(random_bits() % 2 ? unit : -unit, exponent);
+}
+
+Bytes values(DType dtype, int64_t n) {
+  Bytes out(n * glmx::dtype_size(dtype));
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = random_value();
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (dtype == DType::f32) {
+      out.as<float>()[i] = x;
+    } else {
+      out.as<uint16_t>()[i] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+  return out;
+}
+
+template <class T>
+Bytes integers(int64_t n, int64_t below, int64_t from = 0) {
+  Bytes out(n * static_cast<int64_t>(sizeof(T)));
+  for (int64_t i = 0; i < n; ++i) out.as<T>()[i] = static_cast<T>(from + random_bits() % (below - from));
+  return out;
+}
+
+Bytes room(DType dtype, int64_t n) { return Bytes(n * glmx::dtype_size(dtype)); }
+
+void record(const std::string& op, const std::string& name, const Bytes& output) {
+  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a
+  for (int64_t i = 0; i < output.size(); ++i) hash = (hash ^ output.as<uint8_t>()[i]) * 0x100000001b3ull;
+  CHECK(g_digests.emplace(op + "." + name, hash).second);
+  g_ops.insert(op);
+}
+
+std::string label(const char* what, DType dtype, int64_t size) {
+  return std::string(what) + "_" + glmx::dtype_name(dtype) + "_" + std::to_string(size);
+}
+
+void rms_norm_case(DType dtype, int64_t T, int64_t H) {
+  const Bytes x = values(dtype, T * H), weight = values(dtype, H), residual = values(dtype, T * H), dy = values(dtype, T * H);
+  const Bytes y = room(dtype, T * H), rstd = room(DType::f32, T);
+  glmx::rms_norm({x.get(), weight.get(), y.get(), rstd.as<float>(), T, H, 1e-5f, dtype});
+  record("rms_norm", label("y", dtype, H), y);
+  const Bytes dx = room(dtype, T * H), dw = room(DType::f32, H), partial = room(DType::f32, (T + 63) / 64 * H);
+  glmx::rms_norm_backward(
+      {dy.get(), x.get(), weight.get(), rstd.as<float>(), dx.get(), dw.as<float>(), partial.as<float>(), T, H, false, dtype});
+  record("rms_norm", label("dx", dtype, H), dx);
+  record("rms_norm", label("d_weight", dtype, H), dw);
+  const Bytes y2 = room(dtype, T * H), sum = room(dtype, T * H);
+  glmx::add_rms_norm({x.get(), residual.get(), weight.get(), y2.get(), sum.get(), nullptr, T, H, 1e-5f, dtype});
+  record("add_rms_norm", label("y", dtype, H), y2);
+  record("add_rms_norm", label("residual", dtype, H), sum);
+}
+
+void silu_mul_case(DType dtype, int64_t T, int64_t I) {
+  const Bytes x = values(dtype, T * 2 * I), dy = values(dtype, T * I), y = room(dtype, T * I), dx = room(dtype, T * 2 * I);
+  glmx::silu_mul({x.get(), y.get(), T, I, dtype});
+  glmx::silu_mul_backward({dy.get(), x.get(), dx.get(), T, I, dtype});
+  record("silu_mul", label("y", dtype, I), y);
+  record("silu_mul", label("dx", dtype, I), dx);
+}
+
+void rope_case(DType dtype, int64_t T, int64_t A, int64_t D, int64_t half, bool interleaved) {
+  const Bytes positions = integers<int64_t>(T, 1000000), cos = room(DType::f32, T * half), sin = room(DType::f32, T * half);
+  glmx::rope_cos_sin({positions.as<int64_t>(), cos.as<float>(), sin.as<float>(), T, half, 1e6});
+  const Bytes x = values(dtype, T * A * D), y = room(dtype, T * A * D);
+  glmx::rope({x.get(), cos.as<float>(), sin.as<float>(), y.get(), T, A, D, half, interleaved, false, dtype});
+  const std::string name = label(interleaved ? "interleaved" : "halves", dtype, D);
+  record("rope", name + "_cos", cos);
+  record("rope", name + "_sin", sin);
+  record("rope", name, y);
+}
+
+void embedding_case(DType dtype, int64_t T, int64_t V, int64_t H) {
+  const Bytes ids = integers<int64_t>(T, V), weight = values(dtype, V * H), y = room(dtype, T * H), dy = values(dtype, T * H);
+  glmx::embedding({ids.as<int64_t>(), weight.get(), y.get(), T, V, H, dtype});
+  glmx::EmbeddingBackwardParams b{};
+  const Bytes dw = room(DType::f32, V * H), offsets = room(DType::i32, V + 1), order = room(DType::i32, T);
+  b.ids = ids.as<int64_t>();
+  b.dy = dy.get();
+  b.d_weight = dw.as<float>();
+  b.offsets = offsets.as<int32_t>();
+  b.order = order.as<int32_t>();
+  b.T = T, b.V = V, b.H = H, b.dtype = dtype;
+  glmx::embedding_backward(b);
+  record("embedding", label("y", dtype, H), y);
+  record("embedding", label("d_weight", dtype, H), dw);
+}
+
+void sum_squares_case(DType dtype, int64_t n) {
+  const int64_t chunks = (n + glmx::kSumSquaresChunk - 1) / glmx::kSumSquaresChunk;
+  const Bytes x = values(dtype, n), out = room(DType::f64, 1), partial = room(DType::f64, chunks);
+  glmx::sum_squares({x.get(), out.as<double>(), partial.as<double>(), n, dtype});
+  record("sum_squares", label("n", dtype, n), out);
+}
+
+// Router, plan, experts and their gradients, combine: a MoE layer of E experts, of which the last gets no token.
+void moe_case(DType dtype, int64_t T, int64_t E, int64_t K, int64_t H, int64_t I) {
+  const Bytes logits = values(DType::f32, T * E), bias = values(DType::f32, E);
+  bias.as<float>()[E - 1] = -1e9f;
+  const Bytes weights = room(DType::f32, T * K), ids = room(DType::i32, T * K), counts = room(DType::i32, E);
+  const Bytes scores = room(DType::f32, T * E);
+  glmx::RouteTopkParams r{};
+  r.logits = logits.as<float>(), r.bias = bias.as<float>(), r.topk_weights = weights.as<float>(), r.topk_ids = ids.as<int32_t>();
+  r.expert_counts = counts.as<int32_t>(), r.scores = scores.as<float>();
+  r.T = T, r.E = E, r.K = K, r.n_group = 1, r.topk_group = 1, r.norm_topk_prob = true, r.routed_scaling_factor = 2.5f;
+  glmx::route_topk(r);
+  const std::string name = label("", dtype, H);
+  record("route_topk", "weights" + name, weights);
+  record("route_topk", "ids" + name, ids);
+  record("route_topk", "counts" + name, counts);
+  record("route_topk", "scores" + name, scores);
+  const Bytes dweights = values(DType::f32, T * K), dlogits = room(DType::f32, T * E);
+  glmx::route_topk_backward(
+      {dweights.as<float>(), nullptr, logits.as<float>(), ids.as<int32_t>(), dlogits.as<float>(), T, E, K, true, 2.5f});
+  record("route_topk", "d_logits" + name, dlogits);
+
+  ids.as<int32_t>()[0] = -1;  // a skipped pair
+  const int64_t R = T * K;
+  const Bytes offsets = room(DType::i32, E + 1), row_token = room(DType::i32, R), inverse = room(DType::i32, R);
+  glmx::expert_plan({ids.as<int32_t>(), offsets.as<int32_t>(), row_token.as<int32_t>(), inverse.as<int32_t>(), T, K, E});
+  record("expert_plan", "offsets" + name, offsets);
+  record("expert_plan", "row_token" + name, row_token);
+  record("expert_plan", "inverse" + name, inverse);
+
+  const Bytes x = values(dtype, T * H), w = values(dtype, E * 2 * I * H), b = values(dtype, E * 2 * I);
+  const Bytes h = room(dtype, R * I), preact = room(dtype, R * 2 * I);
+  glmx::GroupedGemmParams g{};
+  g.x = x.get(), g.w = w.get(), g.bias = b.get(), g.expert_offsets = offsets.as<int32_t>(), g.row_token = row_token.as<int32_t>();
+  g.out = h.get(), g.preact = preact.get(), g.M = T, g.R = R, g.N = 2 * I, g.K = H, g.E = E, g.dtype = dtype, g.out_dtype = dtype;
+  g.silu_mul = true;
+  glmx::grouped_gemm(g);
+  record("grouped_gemm", "silu_mul" + name, h);
+  record("grouped_gemm", "preact" + name, preact);
+  const Bytes plain = room(DType::f32, R * 2 * I);
+  g.bias = nullptr, g.out = plain.get(), g.preact = nullptr, g.out_dtype = DType::f32, g.silu_mul = false;
+  glmx::grouped_gemm(g);
+  record("grouped_gemm", "plain" + name, plain);
+  const Bytes dy = values(dtype, R * 2 * I), dx = room(dtype, R * H), dw = room(DType::f32, E * 2 * I * H),
+              db = room(DType::f32, E * 2 * I);
+  glmx::grouped_gemm_dgrad({dy.get(), w.get(), offsets.as<int32_t>(), dx.get(), R, 2 * I, H, E, dtype, dtype});
+  glmx::grouped_gemm_wgrad(
+      {dy.get(), x.get(), offsets.as<int32_t>(), row_token.as<int32_t>(), dw.get(), T, R, 2 * I, H, E, dtype, DType::f32, false});
+  glmx::grouped_gemm_bias_grad({dy.get(), offsets.as<int32_t>(), db.as<float>(), R, 2 * I, E, dtype, false});
+  record("grouped_gemm", "dgrad" + name, dx);
+  record("grouped_gemm", "wgrad" + name, dw);
+  record("grouped_gemm", "bias_grad" + name, db);
+
+  const Bytes rows = values(dtype, R * H), out = room(dtype, T * H), d_rows = room(dtype, R * H), d_out = values(dtype, T * H);
+  const Bytes d_weights = room(DType::f32, R), pair_of_row = room(DType::i32, R);
+  glmx::moe_combine({rows.get(), weights.as<float>(), inverse.as<int32_t>(), out.get(), T, K, R, H, dtype});
+  glmx::MoeCombineBackwardParams c{};
+  c.d_out = d_out.get(), c.rows = rows.get(), c.topk_weights = weights.as<float>(), c.inverse = inverse.as<int32_t>();
+  c.d_rows = d_rows.get(), c.d_topk_weights = d_weights.as<float>(), c.pair_of_row = pair_of_row.as<int32_t>();
+  c.T = T, c.K = K, c.R = R, c.H = H, c.dtype = dtype;
+  glmx::moe_combine_backward(c);
+  record("moe_combine", "out" + name, out);
+  record("moe_combine", "d_rows" + name, d_rows);
+  record("moe_combine", "d_weights" + name, d_weights);
+}
+
+void lm_head_case(DType dtype, int64_t T, int64_t V, int64_t H, int64_t top_n) {
+  const Bytes hidden = values(dtype, T * H), weight = values(dtype, V * H), ids = integers<int64_t>(T, V, -1);
+  const Bytes logprob = room(DType::f32, T), lse = room(DType::f32, T), top_ids = room(DType::i32, T * top_n);
+  const Bytes top = room(DType::f32, T * top_n);
+  glmx::LmHeadLogprobParams p{};
+  p.hidden = hidden.get(), p.weight = weight.get(), p.ids = ids.as<int64_t>(), p.logprob = logprob.as<float>(), p.lse = lse.as<float>();
+  p.top_ids = top_ids.as<int32_t>(), p.top_logprobs = top.as<float>(), p.T = T, p.V = V, p.H = H, p.top_n = top_n;
+  p.temperature = 0.7f, p.dtype = dtype;
+  const Bytes scratch(glmx::lm_head_logprob_workspace(p));
+  p.workspace = scratch.get();
+  glmx::lm_head_logprob(p);
+  const std::string name = label("", dtype, V);
+  record("lm_head_logprob", "logprob" + name, logprob);
+  record("lm_head_logprob", "lse" + name, lse);
+  record("lm_head_logprob", "top_ids" + name, top_ids);
+  record("lm_head_logprob", "top" + name, top);
+  const Bytes d_logprob = values(DType::f32, T), d_hidden = room(DType::f32, T * H), d_weight = room(DType::f32, V * H);
+  glmx::LmHeadLogprobBackwardParams b{};
+  b.d_logprob = d_logprob.as<float>(), b.hidden = hidden.get(), b.weight = weight.get(), b.ids = ids.as<int64_t>();
+  b.lse = lse.as<float>(), b.d_hidden = d_hidden.as<float>(), b.d_weight = d_weight.as<float>(), b.T = T, b.V = V, b.H = H;
+  b.temperature = 0.7f, b.accumulate = false, b.dtype = dtype;
+  const Bytes scratch_b(glmx::lm_head_logprob_backward_workspace(b));
+  b.workspace = scratch_b.get();
+  glmx::lm_head_logprob_backward(b);
+  record("lm_head_logprob", "d_hidden" + name, d_hidden);
+  record("lm_head_logprob", "d_weight" + name, d_weight);
+}
+
+void run_all() {
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    for (int64_t H : {1, 15, 16, 33, 130}) rms_norm_case(dtype, 67, H);
+    for (int64_t I : {1, 17, 48}) silu_mul_case(dtype, 5, I);
+    rope_case(dtype, 7, 3, 40, 16, false);
+    rope_case(dtype, 7, 3, 34, 17, true);
+    embedding_case(dtype, 50, 13, 35);
+    for (int64_t n : {1, 17, 4096, 9001}) sum_squares_case(dtype, n);
+    moe_case(dtype, 37, 6, 2, 32, 16);
+    moe_case(dtype, 19, 5, 3, 45, 21);
+    moe_case(dtype, 1, 4, 1, 129, 9);
+    lm_head_case(dtype, 9, 53, 40, 3);
+    lm_head_case(dtype, 3, 1100, 33, 5);
+  }
+}
+
+void write(const std::string& path) {
+  std::ofstream out(path);
+  for (const auto& [name, hash] : g_digests) out << name << ' ' << hash << '\n';
+}
+
+void compare(const std::string& path) {
+  std::ifstream in(path);
+  std::string name;
+  uint64_t hash = 0;
+  size_t found = 0;
+  for (; in >> name >> hash; ++found) {
+    if (g_digests.at(name) == hash) continue;
+    std::fprintf(stderr, "%s: other bits under %s with %lld threads than under base with one\n", name.c_str(),
+                 glmx::isa_name(glmx::active_isa()), static_cast<long long>(g_threads));
+    ++g_failures;
+  }
+  CHECK(found == g_digests.size());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) return 2;
+  try {
+    glmx::active_isa();
+  } catch (const glmx::Error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 77;
+  }
+  use_threads(std::atoll(argv[3]));
+  run_all();
+  for (const glmx::OpInfo& info : glmx::op_table()) {
+    CHECK(info.kernels.back() == Isa::base && info.revision >= 1);
+    for (size_t i = 1; i < info.kernels.size(); ++i) CHECK(info.kernels[i - 1] > info.kernels[i]);
+    if (g_ops.count(info.op) != 0) continue;
+    std::fprintf(stderr, "%s: no case in digest.cpp\n", info.op);
+    ++g_failures;
+  }
+  if (std::string(argv[1]) == "write") {
+    write(argv[2]);
+  } else {
+    compare(argv[2]);
+  }
+  return g_failures == 0 ? 0 : 1;
+}
