@@ -32,4 +32,6 @@ sampled = glmx.SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=ar
 together = llm.generate(args.prompts, sampled)
 alone = llm.generate(args.prompts[-1], sampled)[0]
 print(together[-1].outputs[0].text)
-print("alone and in a batch:", "equal" if alone.outputs[0].token_ids == together[-1].outputs[0].token_ids else "DIFFERENT")
+print(
+    "alone and in a batch:", "equal" if alone.outputs[0].token_ids == together[-1].outputs[0].token_ids else "DIFFERENT"
+)
