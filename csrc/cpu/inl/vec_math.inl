@@ -23,7 +23,8 @@ inline ExpParts exp_parts16(V16 clamped) {
   return {n, y};
 }
 
-// e^x, within 1 ulp (worst seen 0.94, sampled over the whole range); +inf above 88.72, 0 below -87.33 (results that would be denormal are flushed); NaN stays NaN.
+// e^x, within 1 ulp (worst seen 0.94, sampled over the whole range); +inf above 88.72, 0 below -87.33 (results that would be denormal
+// are flushed); NaN stays NaN.
 // 2^n is multiplied in two steps so that n = 128 works.
 inline V16 exp16(V16 x) {
   const V16 kMagic = set1(0x1.8p+23f), lowest = lowest_exp16(), highest = set1(88.72283f);

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 # The demo's model: 13.8 M parameters of which 5.7 M work on a token. Sized so that the token budget below takes some
 # minutes on two cores; shapes follow GLM-4.5 (first layer dense, sigmoid router, one shared expert, one MTP layer).
+VOCAB = 4096
 MODEL = {
-    "vocab_size": 4096,
+    "vocab_size": VOCAB,
     "hidden_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -95,18 +96,18 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Corpus, Tokenizer]:
     corpus = corpora.load(args.corpus)
     console.print(corpus.summary(), markup=False, soft_wrap=True)
     data = args.out / "data"
-    made_of = {"corpus": corpus.sha256, "vocab_size": MODEL["vocab_size"]}
+    made_of = {"corpus": corpus.sha256, "vocab_size": VOCAB}
     stamp = data / "made-of.json"
     if not (stamp.is_file() and json.loads(stamp.read_text()) == made_of):
         begun = time.monotonic()
         texts = [document.text for document in corpus.train]
-        tokenizer = tokenizers.train(texts, MODEL["vocab_size"])
+        tokenizer = tokenizers.train(texts, VOCAB)
         data.mkdir(parents=True, exist_ok=True)
         tokenizer.save(data)
         write_documents(data, "train", tokenizer, texts)
         write_documents(data, "heldout", tokenizer, [document.text for document in corpus.heldout])
         stamp.write_text(json.dumps(made_of))
-        console.print(f"tokenizer {MODEL['vocab_size']} tokens, trained in {time.monotonic() - begun:.0f} s")
+        console.print(f"tokenizer {VOCAB} tokens, trained in {time.monotonic() - begun:.0f} s")
     tokenizer = tokenizers.Tokenizer.from_dir(data)
     shards = TokenShards.open(data, "train")
     console.print(
