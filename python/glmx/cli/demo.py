@@ -134,7 +134,7 @@ def train(args: argparse.Namespace) -> Any:
             "model": str(args.out / "model"),
             "out": str(args.out / "run"),
             "data": {"shards": str(args.out / "data"), "train": "train", "heldout": "heldout", "seq_len": SEQ_LEN},
-            "optim": {"lr": 4e-3, "min_lr": 2e-4, "warmup_tokens": 40_000, "weight_decay": 0.1},
+            "optim": {"lr": 4e-3, "min_lr": 2e-4, "warmup_tokens": min(40_000, args.tokens // 10), "weight_decay": 0.1},
             "train": {
                 "tokens": args.tokens,
                 "batch_rows": BATCH_ROWS,
