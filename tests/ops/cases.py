@@ -182,6 +182,14 @@ def silu_mul_cases() -> Iterator[Case]:
                 lambda T=T, I=I, dtype=dtype: {"x": values(T, 2 * I, seed=I, dtype=dtype, scale=4.0)},
                 ("x",),
             )
+        yield Case(
+            "silu_mul",
+            f"{tag(dtype)}-wild-denormal",
+            lambda dtype=dtype: {
+                "x": torch.cat((spread(4, 9, low=0, high=20), spread(4, 9, seed=1, low=-134, high=-120)), 1).to(dtype)
+            },
+            ("x",),
+        )
         yield Case("silu_mul", f"{tag(dtype)}-wild", lambda dtype=dtype: {"x": wild(8, 94, dtype=dtype)}, ("x",))
 
 
@@ -409,6 +417,15 @@ def moe_combine_cases() -> Iterator[Case]:
                     ("rows", "topk_weights"),
                 )
 
+        def make_denormal(dtype: torch.dtype = dtype):
+            return {
+                "rows": spread(12, 20, dtype=dtype, low=-134, high=-120),
+                "topk_weights": spread(6, 2, seed=1, low=20, high=24),
+                "inverse": reference.expert_plan(topk_ids(6, 2, 4), 4).inverse,
+            }
+
+        yield Case("moe_combine", f"{tag(dtype)}-wild-denormal", make_denormal, ("rows", "topk_weights"))
+
         def make_wild(dtype: torch.dtype = dtype):
             plan = reference.expert_plan(topk_ids(9, 3, 5, holes=True), 5)
             return {
@@ -548,11 +565,22 @@ def grouped_gemm_cases() -> Iterator[Case]:
             },
             ("x", "w"),
         )
-        for T, N, K, with_bias in [
-            (1, 1, 1, False),
-            (3, 17, 33, True),
-            (40, 48, 64, False),
-            (0, 4, 8, False),
+        yield Case(
+            "grouped_gemm",
+            f"{tag(dtype)}-denormal",  # half of the inputs count as zero (DAZ), which large weights make visible
+            lambda dtype=dtype: {
+                "x": spread(8, 40, dtype=dtype, low=-134, high=-120),
+                "w": spread(2, 12, 40, seed=1, dtype=dtype, low=118, high=121),
+                "expert_offsets": offsets_of([3, 5]),
+            },
+            ("x", "w"),
+        )
+        for T, N, K, with_bias, silu in [
+            (1, 1, 1, False, False),
+            (3, 17, 33, True, False),
+            (40, 48, 64, False, False),
+            (9, 34, 40, True, True),
+            (0, 4, 8, False, False),
         ]:
 
             def make_linear(
@@ -561,12 +589,14 @@ def grouped_gemm_cases() -> Iterator[Case]:
                 K: int = K,
                 dtype: torch.dtype = dtype,
                 with_bias: bool = with_bias,
+                silu: bool = silu,
             ):
-                kwargs = {"x": values(T, K, dtype=dtype), "w": values(N, K, seed=1, dtype=dtype)}
+                kwargs = {"x": values(T, K, dtype=dtype), "w": values(N, K, seed=1, dtype=dtype), "silu_mul": silu}
                 return {**kwargs, "bias": values(N, seed=2, dtype=dtype)} if with_bias else kwargs
 
             grads = ("x", "w", "bias") if with_bias else ("x", "w")
-            yield Case("linear", f"{tag(dtype)}-{T}x{N}x{K}-bias{int(with_bias)}", make_linear, grads)
+            name = f"{tag(dtype)}-{T}x{N}x{K}-bias{int(with_bias)}-silu{int(silu)}"
+            yield Case("linear", name, make_linear, grads)
     yield Case(
         "linear",
         "bf16-out32-leading-dims",
