@@ -55,3 +55,50 @@ inline void transpose_16x32(const uint16_t* p, int64_t stride, float* out, int64
     _mm512_storeu_si512(out + (2 * i + 1) * out_stride, _mm512_and_si512(r[i], odd));
   }
 }
+
+// One block of the GEMM tree: c[i] += (fused chain over even k) + (over odd k) of a[i * 32 + k] with 16 rows of 32 k at p, which go
+// from memory through the transpose to the FMAs without a stop.
+template <int rows>
+inline void dot_16x32(const uint16_t* p, int64_t stride, const float* a, V16* c) {
+  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(p + i * stride);
+  transpose_16x16(r);
+  __m512 chain[2][rows];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) chain[0][i] = chain[1][i] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) {
+    const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(r[k], 16)), w1 = _mm512_castsi512_ps(_mm512_and_si512(r[k], odd));
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      chain[0][i] = _mm512_fmadd_ps(_mm512_set1_ps(a[i * 32 + 2 * k]), w0, chain[0][i]);
+      chain[1][i] = _mm512_fmadd_ps(_mm512_set1_ps(a[i * 32 + 2 * k + 1]), w1, chain[1][i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) c[i].v = _mm512_add_ps(c[i].v, _mm512_add_ps(chain[0][i], chain[1][i]));
+}
+
+template <int rows>
+inline void dot_16x32(const float* p, int64_t stride, const float* a, V16* c) {
+  __m512 chain[2][rows];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) chain[0][i] = chain[1][i] = _mm512_setzero_ps();
+  for (int half = 0; half < 32; half += 16) {
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(p + i * stride + half);
+    transpose_16x16(r);
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) {
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        chain[k % 2][i] = _mm512_fmadd_ps(_mm512_set1_ps(a[i * 32 + half + k]), _mm512_castsi512_ps(r[k]), chain[k % 2][i]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) c[i].v = _mm512_add_ps(c[i].v, _mm512_add_ps(chain[0][i], chain[1][i]));
+}

@@ -101,6 +101,15 @@ inline void pack_tile_columns(const T* from, int64_t width, int64_t left, int64_
   for (; k % 32 != 0; ++k) store(out + k * kRows, zero());
 }
 
+// A block at the edge: its `rows` x `steps` elements (at most 16 x 32 of them), the rest zeros.
+template <class T>
+inline void pad_block(const T* from, int64_t stride, int64_t rows, int64_t steps, T* out) {
+  std::memset(out, 0, 16 * 32 * sizeof(T));
+  for (int64_t i = 0; i < least(rows, 16); ++i) {
+    std::memcpy(out + i * 32, from + i * stride, static_cast<size_t>(least(steps, 32)) * sizeof(T));
+  }
+}
+
 // Rows [0, n) of w, contiguous in depth -> a panel [depth][kCols].
 template <class T>
 inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t depth, float* out) {
@@ -112,9 +121,8 @@ inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t de
         transpose_16x32(block, stride, to, kCols);
         continue;
       }
-      alignas(64) T padded[16 * 32] = {};
-      const int64_t rows = least(n - j, 16), steps = least(depth - k, 32);
-      for (int64_t i = 0; i < rows; ++i) std::memcpy(padded + i * 32, block + i * stride, static_cast<size_t>(steps) * sizeof(T));
+      alignas(64) T padded[16 * 32];
+      pad_block(block, stride, n - j, depth - k, padded);
       transpose_16x32(padded, 32, to, kCols);
     }
   }
@@ -136,6 +144,36 @@ inline void pack_panel_columns(Row row, int64_t n, int64_t depth, float* out) {
   }
 }
 
+// Up to kRows rows (one tile, packed over all depth) @ rows of w, 16 at a time and without packing them: c [rows][ldc].
+template <int rows, class T>
+inline void tile_times_rows(const float* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c, int64_t ldc) {
+  for (int64_t j = 0; j < cols; j += 16) {
+    V16 sum[rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) sum[i] = zero();
+    for (int64_t k = 0; k < depth; k += 32) {
+      const T* block = w + j * stride + k;
+      if (j + 16 <= cols && k + 32 <= depth) {
+        dot_16x32<rows>(block, stride, tile + k * kRows, sum);
+      } else {
+        alignas(64) T padded[16 * 32];
+        pad_block(block, stride, cols - j, depth - k, padded);
+        dot_16x32<rows>(padded, 32, tile + k * kRows, sum);
+      }
+    }
+    for (int i = 0; i < rows; ++i) store(c + i * ldc + j, sum[i]);
+  }
+}
+
+template <class T, int rows = kRows>
+inline void tile_times_rows_n(int64_t n, const float* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c,
+                              int64_t ldc) {
+  if constexpr (rows > 1) {
+    if (n < rows) return tile_times_rows_n<T, rows - 1>(n, tile, w, stride, cols, depth, c, ldc);
+  }
+  tile_times_rows<rows>(tile, w, stride, cols, depth, c, ldc);
+}
+
 // The three ops as the driver sees them: `rows(e)` x `width()` results per expert over `depth(e)`; the columns come in `halves` parts.
 template <class T>
 struct Forward {
@@ -152,9 +190,12 @@ struct Forward {
     pack_tile<T>([&](int64_t i) { return x + (p.row_token != nullptr ? p.row_token[first + i] : first + i) * p.K; }, n, depth, out);
   }
   void pack_cols(int64_t e, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
-    const T* w = static_cast<const T*>(p.w) + (e * p.N + half * width() + col) * p.K + k;
-    pack_panel_rows(w, p.K, n, depth, out);
+    pack_panel_rows(weights(e, half, col) + k, p.K, n, depth, out);
   }
+  const T* weights(int64_t e, int64_t half, int64_t col) const {
+    return static_cast<const T*>(p.w) + (e * p.N + half * width() + col) * p.K;
+  }
+  int64_t stride() const { return p.K; }
   void store(int64_t e, int64_t row, int64_t col, int64_t cols, float* c, float* up) const {
     store_forward(p, e, p.expert_offsets[e] + row, col, cols, c, up);
   }
@@ -227,10 +268,26 @@ inline Cut cut(const Op& op, int64_t e) {
   return c;
 }
 
+// A block of one tile of rows: the weights go from where they lie straight into the sums.
+template <class Op>
+void run_few(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
+  const int64_t halves = op.halves(), width = round_up(cols, 16), ldc = halves * width, depth = op.depth(e);
+  float* c = static_cast<float*>(thread_scratch(Scratch::item, (kRows * ldc + kRows * round_up(depth, 32)) * 4));
+  float* tile = c + kRows * ldc;
+  op.pack_rows(e, row0, rows, 0, depth, tile);
+  for (int64_t half = 0; half < halves; ++half) {
+    tile_times_rows_n(rows, tile, op.weights(e, half, col0), op.stride(), cols, depth, c + half * width, ldc);
+  }
+  for (int64_t i = 0; i < rows; ++i) op.store(e, row0 + i, col0, cols, c + i * ldc, c + i * ldc + width);
+}
+
 template <class Op>
 void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64_t col_block) {
   const int64_t row0 = row_block * cut.block_rows, rows = least(cut.block_rows, op.rows(e) - row0);
   const int64_t col0 = col_block * cut.block_cols, cols = least(cut.block_cols, op.width() - col0);
+  if constexpr (Op::kPanelRows) {
+    if (rows <= kRows) return run_few(op, e, row0, rows, col0, cols);
+  }
   const int64_t panels = (cols + kCols - 1) / kCols, halves = op.halves(), ldc = halves * panels * kCols;
   const int64_t tiles = (rows + kRows - 1) / kRows, depth = op.depth(e);
   int64_t chunk = kDepth;

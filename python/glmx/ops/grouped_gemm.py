@@ -20,21 +20,27 @@ def _experts(w: Tensor) -> Tensor:
     return w if w.dim() == 3 else w.unsqueeze(0)
 
 
+def _bias(bias: Tensor) -> Tensor:
+    return bias if bias.dim() == 2 else bias.unsqueeze(0)
+
+
+def _compute(x_MK, w_ENK, bias_EN, offsets, row_token_R, silu_mul: bool, out_dtype, keep_preact: bool):
+    """(out, pre-activations [R, N] or None)."""
+    w = _experts(w_ENK)
+    rows, width = (x_MK if row_token_R is None else row_token_R).shape[0], w.shape[1]
+    out = x_MK.new_empty((rows, width // 2 if silu_mul else width), dtype=out_dtype)
+    preact_RN = x_MK.new_empty((rows, width)) if keep_preact else None
+    _forward(out, preact_RN, x_MK, w, offsets, row_token_R, None if bias_EN is None else _bias(bias_EN), silu_mul)
+    return out, preact_RN
+
+
 class GroupedGemmFunction(torch.autograd.Function):
     """Shapes as in `grouped_gemm`; a dense w [N, K] and bias [N] pass as they are: their `main_grad` is seen."""
 
     @staticmethod
     def forward(ctx, x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, silu_mul: bool, out_dtype: torch.dtype):
-        w = _experts(w_ENK)
-        rows = x_MK.shape[0] if row_token_R is None else row_token_R.shape[0]
-        width = w.shape[1]
-        needs_grad = any(ctx.needs_input_grad)
-        preact_RN = x_MK.new_empty(rows, width) if silu_mul and needs_grad else None
-        out = x_MK.new_empty(rows, width // 2 if silu_mul else width, dtype=out_dtype)
-        bias = None if bias_EN is None else bias_EN.view(w.shape[:2])
-        _forward(out, preact_RN, x_MK, w, offsets, row_token_R, bias, silu_mul)
-        if needs_grad:
-            ctx.save_for_backward(x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, preact_RN)
+        out, preact_RN = _compute(x_MK, w_ENK, bias_EN, offsets, row_token_R, silu_mul, out_dtype, keep_preact=silu_mul)
+        ctx.save_for_backward(x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, preact_RN)
         return out
 
     @staticmethod
@@ -54,9 +60,15 @@ class GroupedGemmFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = _weight_gradient(dy, x_MK, w_ENK, offsets, row_token_R)
         if ctx.needs_input_grad[2]:
-            experts = _experts(w_ENK).shape[:2]
-            d_bias = weight_gradient(bias_EN, lambda out, add: _bias_grad(out.view(experts), dy, offsets, add))
+            d_bias = weight_gradient(bias_EN, lambda out, add: _bias_grad(_bias(out), dy, offsets, add))
         return dx, dw, d_bias, None, None, None, None, None
+
+
+def _apply(x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, silu_mul: bool, out_dtype: torch.dtype) -> Tensor:
+    inputs = (x_MK, w_ENK) if bias_EN is None else (x_MK, w_ENK, bias_EN)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return GroupedGemmFunction.apply(x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, silu_mul, out_dtype)
+    return _compute(x_MK, w_ENK, bias_EN, offsets, row_token_R, silu_mul, out_dtype, keep_preact=False)[0]
 
 
 def _weight_gradient(dy_RN, x_MK, w_ENK, offsets, row_token_R) -> Tensor | None:
@@ -133,7 +145,7 @@ def grouped_gemm(
     out_dtype = _output_dtype(x.dtype, out_dtype)
     x, w, bias, row_token = x.contiguous(), w.contiguous(), _contiguous(bias), _contiguous(row_token)
     offsets = expert_offsets.contiguous()
-    return GroupedGemmFunction.apply(x, w, bias, offsets, row_token, inverse, silu_mul, out_dtype)
+    return _apply(x, w, bias, offsets, row_token, inverse, silu_mul, out_dtype)
 
 
 def grouped_gemm_dgrad(
@@ -235,8 +247,8 @@ def linear(
     if bias is not None and bias.shape != w.shape[:1]:
         raise ValueError(f"bias: expected shape [{w.shape[0]}] (w.shape[:1]): got {list(bias.shape)}")
     out_dtype = _output_dtype(x.dtype, out_dtype)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
     offsets = _one_expert(rows.shape[0])
     w, bias = w.contiguous(), _contiguous(bias)
-    out = GroupedGemmFunction.apply(rows, w, bias, offsets, None, None, silu_mul, out_dtype)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    out = _apply(rows, w, bias, offsets, None, None, silu_mul, out_dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
