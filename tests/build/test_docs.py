@@ -106,3 +106,16 @@ def test_no_addresses_and_no_machine_paths():
 
 def test_contract_file_is_the_one_that_docs_name():
     assert OPS_H.is_file() and "csrc/include/glmx/ops.h" in (ROOT / "docs/architecture.md").read_text()
+
+
+def test_pre_commit_needs_no_network():
+    """Every hook is local, and the two of our own find what they are for."""
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"repo: (\S+)", text) == ["local"] and set(re.findall(r"language: (\S+)", text)) == {
+        "system",
+        "pygrep",
+    }
+    torch_include, native = (re.compile(entry) for entry in re.findall(r"entry: '(.+)'", text))
+    assert torch_include.search("#include <torch/library.h>") and torch_include.search('# include "c10/core/Device.h"')
+    assert not torch_include.search('#include "core/torch_free.h"')
+    assert native.search("  -O2 -march=native") and not native.search("# never -march=native")

@@ -243,3 +243,28 @@ def test_make_without_a_compiler_is_one_named_skip(clone, target, strict):
         "(version 12 or newer), or set CXX"
     ]
     assert (done.returncode != 0) == (strict == "1"), "a skip is a failure under GLMX_STRICT=1"
+
+
+def test_a_second_make_installs_and_compiles_nothing(clone):
+    """What `make demo` would do (-n: say, do not do) when it has been done, and after a change."""
+    if not shutil.which("make"):
+        unavailable("make is missing")
+
+    def plan() -> str:
+        env = clean_environment(MAKEFLAGS="", MAKELEVEL="", GLMX_PYTHON=sys._base_executable)
+        return output("make", "--no-print-directory", "-n", "demo", env=env, cwd=clone)
+
+    assert "-m venv .venv" in plan() and "torch==2.13.0" in plan()
+    now = max(path.stat().st_mtime for path in clone.rglob("*"))
+    (clone / ".venv").mkdir()
+    for age, stamp in enumerate((".torch", ".glmx", ".built")):
+        (clone / ".venv" / stamp).touch()
+        os.utime(clone / ".venv" / stamp, (now + 1 + age, now + 1 + age))
+    assert plan().split() == [".venv/bin/glmx", "demo"]
+    os.utime(clone / "csrc/ops/rms_norm.cpp", (now + 9, now + 9))
+    assert "build_ext --inplace" in plan() and "install" not in plan()
+    os.utime(clone / "pyproject.toml", (now + 9, now + 9))
+    assert "install --no-build-isolation --editable" in plan() and "venv .venv" not in plan()
+    shutil.rmtree(clone / ".venv")
+    for name in ("csrc/ops/rms_norm.cpp", "pyproject.toml"):  # the other tests build this clone
+        os.utime(clone / name, (now, now))
