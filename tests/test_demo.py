@@ -96,6 +96,7 @@ def test_transformers_computes_the_same_logits(checkpoint: Path, snippets: list[
         (["--corpus", "EMPTY"], "--corpus"),
         (["--tokens", "5"], "--tokens 5: expected at least"),
         (["--minutes", "-1"], "--minutes -1: expected 0"),
+        (["--device", "cuda"], "--device cuda: the demo runs on cpu"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str], message: str) -> None:

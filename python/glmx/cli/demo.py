@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmx.errors import ConfigError
+from glmx.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from glmx.data.corpus import Corpus
@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--balance-rate", type=float, default=BALANCE_RATE, help="expert bias update rate; 0 turns it off"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
+    parser.add_argument("--device", default="auto", help="auto or cpu (default auto); GPUs are not supported yet")
+    parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="default auto: bf16")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--tokens {args.tokens}: expected at least one step, {SEQ_LEN * BATCH_ROWS}")
     if args.minutes < 0:
         raise ConfigError(f"--minutes {args.minutes:g}: expected 0 (no bound) or more")
+    if args.device not in ("auto", "cpu"):
+        raise UnsupportedError(f"--device {args.device}: the demo runs on cpu so far (auto or cpu)")
     console = Console(highlight=False)
     begun = time.monotonic()
     corpus, tokenizer = prepare(args, console)
@@ -141,6 +145,7 @@ def train(args: argparse.Namespace) -> Any:
                 "micro_rows": MICRO_ROWS,
                 "seed": args.seed,
                 "minutes": args.minutes,
+                "dtype": "bf16" if args.dtype == "auto" else args.dtype,
             },
             "balance": {"rate": args.balance_rate},
             "checkpoint": {"every_steps": 200},
