@@ -140,15 +140,21 @@ def test_install_with_build_isolation(clone, wheel, venv):
     assert torch_fingerprint() == before
 
 
-def build_stops(
-    clone: pathlib.Path, tmp_path: pathlib.Path, packages: list[str], prelude="", **environment: str
-) -> str:
-    """The last line of `python setup.py build_ext` where only the named packages are installed; pip fetched nothing."""
+def some_packages(tmp_path: pathlib.Path, packages: list[str]) -> pathlib.Path:
+    """A folder for PYTHONPATH with the named packages of this environment and no others."""
     path = tmp_path / "path"
     path.mkdir(exist_ok=True)
     for name in [*packages, "_distutils_hack"]:
         for found in (SITE / name, *SITE.glob(f"{name}-*.dist-info")):
             (path / found.name).symlink_to(found)
+    return path
+
+
+def build_stops(
+    clone: pathlib.Path, tmp_path: pathlib.Path, packages: list[str], prelude="", **environment: str
+) -> str:
+    """The last line of `python setup.py build_ext` where only the named packages are installed; pip fetched nothing."""
+    path = some_packages(tmp_path, packages)
     run = "import runpy, sys; sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
     done = subprocess.run(
         [sys._base_executable, "-S", "-c", f"{prelude}\n{run}"],  # -S: no site-packages
@@ -188,6 +194,20 @@ def test_no_torch_is_one_line_and_no_download(clone, tmp_path):
         pytest.skip("the base Python has torch")
     line = build_stops(clone, tmp_path, PACKAGES)
     assert line == "glmx: torch was not found; install it first: pip install torch==2.13.0"
+
+
+def test_isolated_build_asks_for_torch_only_where_there_is_none(clone, tmp_path):
+    """pip asks the backend what its build environment needs; with a torch in the target it must not fetch another."""
+    code = "import sys; sys.path.insert(0, 'cmake'); import glmx_backend as b; print(b.get_requires_for_build_wheel())"
+
+    env = clean_environment(PYTHONPATH=str(some_packages(tmp_path, ["setuptools"])))
+
+    def requires(python: str) -> str:
+        return output(python, "-S", "-c", code, cwd=clone, env=env)
+
+    assert "torch" not in requires(sys.executable), "the torch of this environment was not found"
+    if subprocess.run([sys._base_executable, "-E", "-c", "import torch"], capture_output=True).returncode != 0:
+        assert "'torch==2.13.0'" in requires(sys._base_executable)
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "2.14.0+cu130", "3.0.0"])
