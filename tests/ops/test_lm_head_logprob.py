@@ -77,6 +77,12 @@ def test_ties_go_to_the_lower_id(dtype: torch.dtype) -> None:
     assert (best < 7).all() and torch.equal(got.top_ids, best + 7 * torch.arange(5, dtype=torch.int32))
 
 
+def test_a_nan_logit_counts_as_minus_infinity_in_the_top() -> None:
+    weight = torch.tensor([[NAN], [1.0], [NAN], [3.0], [2.0]])
+    for n, want in ((2, [3, 4]), (5, [3, 4, 1, 0, 2])):
+        assert ops.lm_head_logprob(torch.ones(1, 1), weight, torch.tensor([1]), top_n=n).top_ids.tolist() == [want]
+
+
 def test_all_logits_equal() -> None:
     got = ops.lm_head_logprob(torch.zeros(2, 4), torch.ones(3000, 4), torch.tensor([0, 2999]), top_n=3)
     want = torch.full((2,), 3000.0).log()
