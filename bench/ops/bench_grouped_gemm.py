@@ -1,13 +1,19 @@
-"""grouped_gemm against torch's grouped_mm: real GLM expert shapes, all the experts that a row's tokens reach.
+"""grouped_gemm, its gradients and linear against torch: real GLM layer shapes.
 
     pytest bench/ops/bench_grouped_gemm.py            (OMP_NUM_THREADS sets the threads)
 
 Shapes are the gate-up product of one MoE layer: [tokens * top_k, hidden] x [2 * width, hidden] per expert. Expert
 counts are cut to EXPERTS so that the weights fit beside the tests; tokens per expert are those of the full layer's
 share. The ceiling is measured in the same test (bench/roofline.py).
+
+torch's bf16 products use vdpbf16ps where the CPU has it, at twice the rate of fp32 FMA. The GEMM tree, by which every
+x86 gives the same bits, cannot be computed with it: without AMX, a ratio near 0.5 is all that a compute-bound bf16 row
+can reach there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import harness
 import pytest
@@ -21,33 +27,31 @@ EXPERTS = 8
 # name -> hidden, width, experts per token. GLM-4.5-Air has 128 experts, GLM-4.7-Flash 64.
 LAYERS = {"air": (4096, 1408, 8), "flash": (2048, 1536, 4)}
 ROUNDS = 7
+Call = Callable[[], torch.Tensor]
+
+
+def values(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Bell-shaped values: a million of them repeated, since drawing them all takes longer than the benchmark."""
+    n = torch.Size(shape).numel()
+    few = (torch.randn(min(n, 999_983), generator=torch.Generator().manual_seed(n)) * scale).to(dtype)
+    return few.repeat(-(-n // few.numel()))[:n].view(shape)
 
 
 def case(hidden: int, width: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [rows, hidden], w [EXPERTS, 2 * width, hidden] bf16 and offsets, the rows spread over the experts evenly."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, hidden, generator=generator).bfloat16()
-    w = (torch.randn(EXPERTS, 2 * width, hidden, generator=generator) * hidden**-0.5).bfloat16()
+    w = values(EXPERTS, 2 * width, hidden, scale=hidden**-0.5)
     offsets = torch.tensor([rows * e // EXPERTS for e in range(EXPERTS + 1)], dtype=torch.int32)
-    return x, w, offsets
+    return values(rows, hidden), w, offsets
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("tokens", [1, 16, 128])
-def test_forward(benchmark, record_row, layer: str, tokens: int) -> None:
-    hidden, width, top_k = LAYERS[layer]
-    rows = tokens * top_k
-    x, w, offsets = case(hidden, width, rows)
-    w_t = w.transpose(1, 2)
-
-    def ours() -> torch.Tensor:
-        return glmx.ops.grouped_gemm(x, w, offsets)
-
-    def peer() -> torch.Tensor:
-        return torch.nn.functional.grouped_mm(x, w_t, offs=offsets[1:])
-
+def measure(
+    benchmark, record_row, name: str, variant: str, ours: Call, peer: Call, peer_name: str, flop: int, touched: int
+) -> None:
+    """Checks ours against the peer, times them in alternating rounds, records the row."""
     expected, found = peer().float(), ours().float()
-    assert (expected - found).norm() <= 2**-7 * expected.norm()  # both round to bf16 once, in another order
+    # bf16: both round to bf16 once, in another order; fp32: another order of the sums.
+    assert (expected - found).norm() <= (2**-7 if variant == "bf16" else 2**-18) * expected.norm()
+    del expected, found
 
     if benchmark.disabled:
         return
@@ -59,12 +63,10 @@ def test_forward(benchmark, record_row, layer: str, tokens: int) -> None:
     threads = torch.get_num_threads()
     measured = roofline.ceilings(threads)
     isa = next(
-        row["kernel"] for row in _native.kernel_table() if (row["op"], row["variant"]) == ("grouped_gemm", "bf16")
+        row["kernel"] for row in _native.kernel_table() if (row["op"], row["variant"]) == ("grouped_gemm", variant)
     )
     if isa == "base":
         pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
-    touched = min(rows, EXPERTS) * 2 * width * hidden * 2 + rows * (hidden + 2 * width) * 2
-    flop = 2 * rows * 2 * width * hidden
     compute = roofline.gemm_ceiling(measured, isa)
     # Whichever bound takes longer is the one that this shape runs against.
     if touched / measured["read"] > flop / compute[1]:
@@ -73,7 +75,7 @@ def test_forward(benchmark, record_row, layer: str, tokens: int) -> None:
         unit, ceiling, bound, work = "GFLOP/s", compute[0], compute[1], flop
     rate = work / seconds / 1e9
     row = harness.Row(
-        name=f"grouped_gemm {layer} T={tokens} ({rows} rows, {EXPERTS} experts)",
+        name=name,
         machine=_native.cpu_model(),
         kernel=isa,
         threads=threads,
@@ -83,7 +85,78 @@ def test_forward(benchmark, record_row, layer: str, tokens: int) -> None:
         unit=unit,
         ceiling=ceiling,
         share=rate / bound,
-        ratio=harness.median_ratios(times, {"torch grouped_mm": peer_times[-len(times) :]}),
+        ratio=harness.median_ratios(times, {peer_name: peer_times[-len(times) :]}),
     )
     benchmark.extra_info.update(rate=rate, unit=unit, share=row.share, ceiling=ceiling, **row.ratio)
     record_row(row)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("tokens", [1, 16, 128])
+def test_forward(benchmark, record_row, layer: str, tokens: int) -> None:
+    hidden, width, top_k = LAYERS[layer]
+    rows = tokens * top_k
+    x, w, offsets = case(hidden, width, rows)
+    w_t = w.transpose(1, 2)
+    touched = min(rows, EXPERTS) * 2 * width * hidden * 2 + rows * (hidden + 2 * width) * 2
+    measure(
+        benchmark,
+        record_row,
+        f"grouped_gemm {layer} T={tokens} ({rows} rows, {EXPERTS} experts)",
+        "bf16",
+        lambda: glmx.ops.grouped_gemm(x, w, offsets),
+        lambda: torch.nn.functional.grouped_mm(x, w_t, offs=offsets[1:]),
+        "torch grouped_mm",
+        2 * rows * 2 * width * hidden,
+        touched,
+    )
+
+
+@pytest.mark.parametrize("gradient", ["dgrad", "wgrad"])
+def test_backward(benchmark, record_row, gradient: str) -> None:
+    """The gradients of GLM-4.7-Flash's gate-up product, 64 rows to an expert."""
+    hidden, width, _ = LAYERS["flash"]
+    rows = 64 * EXPERTS
+    x, w, offsets = case(hidden, width, rows)
+    dy = values(rows, 2 * width)
+    dy_t = dy.t()
+    calls = {
+        "dgrad": (
+            lambda: glmx.ops.grouped_gemm_dgrad(dy, w, offsets),
+            lambda: torch.nn.functional.grouped_mm(dy, w, offs=offsets[1:]),
+        ),
+        "wgrad": (
+            lambda: glmx.ops.grouped_gemm_wgrad(dy, x, offsets),
+            lambda: torch.nn.functional.grouped_mm(dy_t, x, offs=offsets[1:]),
+        ),
+    }
+    touched = EXPERTS * 2 * width * hidden * 2 + rows * (hidden + 2 * width) * 2
+    measure(
+        benchmark,
+        record_row,
+        f"grouped_gemm_{gradient} flash ({rows} rows, {EXPERTS} experts)",
+        "bf16",
+        *calls[gradient],
+        "torch grouped_mm",
+        2 * rows * 2 * width * hidden,
+        touched,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("rows", [1, 128])
+def test_linear(benchmark, record_row, rows: int, dtype: torch.dtype) -> None:
+    """A third of GLM-4.5-Air's q_proj: 4096 of its 12288 outputs."""
+    N, K = 4096, 4096
+    x, w = values(rows, K, dtype=dtype), values(N, K, scale=K**-0.5, dtype=dtype)
+    measure(
+        benchmark,
+        record_row,
+        f"linear {rows} x {K} -> {N} {'bf16' if dtype == torch.bfloat16 else 'fp32'}",
+        "bf16" if dtype == torch.bfloat16 else "fp32",
+        lambda: glmx.ops.linear(x, w),
+        lambda: torch.nn.functional.linear(x, w),
+        "torch F.linear",
+        2 * rows * N * K,
+        (N * K + rows * (N + K)) * x.element_size(),
+    )
