@@ -103,4 +103,4 @@ def test_bindings_are_thin():
     for path in sources(".cpp", under="csrc/torch"):
         if path.stem in stems():
             lines = len(path.read_text().splitlines())
-            assert lines <= 160, f"{relative(path)} has {lines} lines: unpack and call, nothing else"
+            assert lines <= 80, f"{relative(path)} has {lines} lines: unpack and call, nothing else"
