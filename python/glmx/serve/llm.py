@@ -8,16 +8,19 @@ for out in llm.generate(["def main():"], glmx.SamplingParams(temperature=0, max_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from glmx.data.tokenizer import PREFIX, Tokenizer
-from glmx.errors import CheckpointError
+from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models.checkpoint import load, resolve
 from glmx.serve.engine import Engine, Request
 from glmx.serve.sampling import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from glmx.serve.text import TextStream
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
 
@@ -55,7 +58,7 @@ class LLM:
         self.engine = Engine(self.model, max_num_seqs, max_model_len or min(limit, 8192))
         self.eos_ids = frozenset(self.tokenizer.eos_ids if self.tokenizer else self.model.config.eos_token_ids)
         self._seed = seed
-        self._requests = 0
+        self._numbers = itertools.count()  # next() is one step, so any thread may make requests
 
     def generate(
         self, prompts: str | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -64,40 +67,69 @@ class LLM:
 
         A text prompt is encoded behind GLM's `[gMASK]<sop>`, unless it begins with it or the tokenizer lacks
         it; token ids are taken as they are. `sampling_params` is one for all or one per prompt. Raises
-        ValueError and TypeError for a bad prompt, CheckpointError for text without a tokenizer.
+        ValueError and TypeError for a bad prompt, CheckpointError for text without a tokenizer, and whatever
+        stopped the forward of any of them.
         """
         listed: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
         each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(listed):
             raise ValueError(f"{len(each)} sampling_params for {len(listed)} prompts")
-        requests = [self._request(prompt, one) for prompt, one in zip(listed, each, strict=True)]
+        requests = [self.make_request(prompt, one) for prompt, one in zip(listed, each, strict=True)]
         try:
             for request in requests:
                 self.engine.add(request)
-            while self.engine.has_work:
+            while not all(request.finished for request in requests):
                 self.engine.step()
+                for request in requests:
+                    if request.error is not None:
+                        raise request.error
         finally:
-            self.engine.abort()
+            for request in requests:
+                self.engine.abort(request)
         return [self._output(prompt, request) for prompt, request in zip(listed, requests, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, a list of {"role": ..., "content": ...}, or each of a list of them.
+
+        The checkpoint's chat template turns it into the prompt; raises as `encode_chat` and `generate` do.
+        """
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: list[Any] = list(messages) if several else [messages]
+        prompts = [
+            self.encode_chat(
+                one, tools=tools, add_generation_prompt=add_generation_prompt, chat_template_kwargs=chat_template_kwargs
+            )
+            for one in conversations
+        ]
+        return self.generate(prompts, sampling_params)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str | RequestOutput]:
         """Completes one prompt: yields pieces of text as they become complete, then the RequestOutput.
 
         The pieces joined are the output's text.
         """
-        request = self._request(prompt, params or SamplingParams())
-        detokenizer = self.tokenizer.detokenizer() if self.tokenizer else None
+        request = self.make_request(prompt, params or SamplingParams())
+        shown = 0
         try:
             self.engine.add(request)
-            while request.finish_reason is None:
+            while not request.finished:
                 self.engine.step()
-                if detokenizer and request.finish_reason != "stop":
-                    yield detokenizer.push(self._known(request.token_ids[-1:]))
-            if detokenizer:
-                yield detokenizer.flush()
+                pieces, shown = request.pieces[shown:], len(request.pieces)
+                if request.error is not None:
+                    raise request.error
+                if self.tokenizer is not None:
+                    yield "".join(pieces)
         finally:
-            self.engine.abort()
+            self.engine.abort(request)
         yield self._output(prompt, request)
 
     def encode(self, prompt: str) -> list[int]:
@@ -107,47 +139,69 @@ class LLM:
         ids = self.tokenizer.encode(prompt)
         return ids if prompt.startswith(PREFIX[0]) else [*self.tokenizer.prefix_ids, *ids]
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids that `chat` makes of a conversation: the template's text, nothing added.
+
+        `chat_template_kwargs` go to the template (`enable_thinking=False`). Raises CheckpointError without a
+        tokenizer, UnsupportedError without a chat template, ValueError for messages that it refuses.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(f"'{self.directory}' has no tokenizer.json: a chat needs one")
+        extra = dict(chat_template_kwargs or {})
+        for name in ("messages", "tools", "add_generation_prompt"):
+            if name in extra:
+                raise ValueError(f"chat_template_kwargs has '{name}', which is an argument of its own")
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError("messages: expected a list of at least one {'role': ..., 'content': ...}")
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **extra,
+        )
+        return self.tokenizer.encode(text)
+
+    def make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """A request for the engine, with a seed of its own when `params` has none. Any thread may call this."""
+        if params.stop and self.tokenizer is None:
+            raise UnsupportedError(
+                f"stop is {params.stop!r}, but '{self.directory}' has no tokenizer.json: use stop_token_ids"
+            )
         if isinstance(prompt, str):
             ids = self.encode(prompt)
         elif isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
             ids = [int(i) for i in prompt]
         else:
             raise TypeError(f"a prompt is a {type(prompt).__name__}, expected str or a list of token ids")
-        number = self._requests
-        self._requests += 1
+        number = next(self._numbers)
         if params.seed is not None:
             seed = params.seed
         else:
             digest = hashlib.sha256(f"{self._seed}/{number}".encode()).digest()
             seed = int.from_bytes(digest[:8], "little", signed=True)
         eos = frozenset() if params.ignore_eos else self.eos_ids
-        return Request(str(number), ids, params, seed, eos | set(params.stop_token_ids))
+        stop_ids = eos | set(params.stop_token_ids)
+        return Request(str(number), ids, params, seed, stop_ids, TextStream(self.tokenizer, params))
 
     def _output(self, prompt: Prompt, request: Request) -> RequestOutput:
-        stopped = request.finish_reason == "stop"
         out = CompletionOutput(
-            text=self._text(request.token_ids[: -1 if stopped else None]),
+            text="".join(request.pieces),
             token_ids=list(request.token_ids),
             finish_reason=request.finish_reason,
-            stop_reason=request.token_ids[-1] if stopped else None,
+            stop_reason=request.stop_reason,
         )
         if request.params.logprobs is not None:
             out.logprobs = request.logprobs
             pairs = zip(request.logprobs, request.token_ids, strict=True)
             out.cumulative_logprob = sum(found[token].logprob for found, token in pairs)
-            for found in request.logprobs:
-                for token, logprob in found.items():
-                    logprob.decoded_token = self._text([token])
         text = prompt if isinstance(prompt, str) else None
         return RequestOutput(
             request.request_id, text, request.prompt_token_ids, [out], request.finish_reason is not None
         )
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(self._known(ids), skip_special_tokens=True) if self.tokenizer else ""
-
-    def _known(self, ids: Sequence[int]) -> list[int]:
-        """Without the rows that pad an embedding beyond the tokenizer's vocabulary; they stand for no text."""
-        assert self.tokenizer is not None
-        return [i for i in ids if i < self.tokenizer.vocab_size]

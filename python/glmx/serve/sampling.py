@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# Each stop string costs a comparison per character on the engine's thread; OpenAI allows 4, vLLM any number.
+MAX_STOP = 16
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose each next token of one request.
 
     max_tokens   tokens to generate at most (>= 1)
-    temperature  0 is greedy; otherwise logits are divided by it
+    temperature  0 is greedy; otherwise logits are divided by it, in fp32 (so 1e-30 to 1e30)
     top_p        keep the most likely tokens up to this probability mass (0 < top_p <= 1)
     top_k        keep the k most likely tokens; 0 or -1 keeps all
     seed         the token at a position is a function of its logits, the seed and the position, not of the
                  batch; None: the LLM gives every request a seed of its own
     logprobs     None, or the number of most likely tokens to report beside each generated one
+    stop         strings that end the generation, at most 16, none empty; one may be given by itself
     stop_token_ids  ids that end the generation, beside the checkpoint's own
     ignore_eos   do not stop at the checkpoint's end-of-sequence ids
+    include_stop_str_in_output  keep the stop string at the end of the text, which otherwise ends before it
 
-    Raises ValueError naming the field, its value and what is allowed.
+    Raises ValueError naming the field, its value and what is allowed, TypeError for a `stop` that is not text.
     """
 
     max_tokens: int = 16
@@ -28,25 +33,40 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     logprobs: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}, expected at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        # What fp32 cannot hold would divide by zero or by infinity.
+        if not (self.temperature == 0 or 1e-30 <= self.temperature <= 1e30):
+            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or 1e-30 to 1e30")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
         if self.top_k < -1:
             raise ValueError(f"top_k is {self.top_k}, expected 0 or -1 (all) or at least 1")
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs is {self.logprobs}, expected None or at least 0")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) for text in stop):
+            raise TypeError(f"stop is {self.stop!r}, expected a string or a list of strings")
+        if len(stop) > MAX_STOP:
+            raise ValueError(f"stop has {len(stop)} strings, expected at most {MAX_STOP}")
+        if "" in stop:
+            raise ValueError(f"stop is {self.stop!r}, expected strings that are not empty")
+        object.__setattr__(self, "stop", stop)
 
 
 @dataclass
 class Logprob:
-    """A token's natural log-probability at temperature 1 and its rank (1 is the most likely)."""
+    """A token's natural log-probability at temperature 1 and its rank (1 is the most likely).
+
+    decoded_token  the token by itself: special tokens by name, U+FFFD for a part of a character; None without
+                   a tokenizer
+    """
 
     logprob: float
     rank: int
@@ -57,9 +77,10 @@ class Logprob:
 class CompletionOutput:
     """One generated text.
 
-    token_ids include the token that ended the generation; text does not. logprobs hold one dict per token,
-    by token id: the generated token and the most likely ones. finish_reason is "stop", "length" or, while
-    the generation is running, None; stop_reason is the id that ended it.
+    token_ids include those that ended the generation, by id or by a stop string; text does not. logprobs
+    hold one dict per token, by token id: the generated token and the most likely ones. finish_reason is
+    "stop", "length" or, while the generation is running, None; stop_reason is the id or the stop string that
+    ended it.
     """
 
     index: int = 0
@@ -68,7 +89,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass
