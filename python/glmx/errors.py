@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
+
 
 class GlmxError(Exception):
     """Base class of every error that is the user's to fix; the CLI prints it as one line and exits 2."""
@@ -28,3 +36,15 @@ class MissingLibraryError(GlmxError, ImportError):
             "`pip install .`, or build in place with `python setup.py build_ext --inplace`. "
             "The pure torch oracles need no library: import glmx.reference" + (f" (cause: {cause})" if cause else "")
         )
+
+
+def shown(value: Any) -> str:
+    """repr(value) on one line and cut where it is long: a value out of a file may be of any size."""
+    return _SHORT.repr(value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first four names and how many more there are; a name that would not print on one line as its repr."""
+    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:4]]
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(first) + rest

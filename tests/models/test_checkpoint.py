@@ -214,7 +214,7 @@ def add(key, tensor):
             CheckpointError,
             "disagree on a, ",
         ),
-        (lambda d: (d / checkpoint.INDEX).write_text("[]"), CheckpointError, "not an index"),
+        (lambda d: (d / checkpoint.INDEX).write_text("[]"), CheckpointError, "holds a JSON list, expected an object"),
     ],
 )
 def test_damaged_checkpoints_are_named(saved, damage, error, words):

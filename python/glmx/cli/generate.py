@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="seed of the sampler (default 0)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--check-weights", action="store_true", help="refuse weights with NaN or infinity in them")
     add("--dtype", default="auto", help="auto, bf16 or fp32 (default auto: the checkpoint's)")
 
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         seed=args.seed,
     )
-    llm = LLM(args.model, device=args.device, dtype=args.dtype, max_num_seqs=1)
+    llm = LLM(args.model, device=args.device, dtype=args.dtype, max_num_seqs=1, check_finite=args.check_weights)
     if args.json:
         (out,) = llm.generate([args.prompt], params)
         print(json.dumps(dataclasses.asdict(out), ensure_ascii=False))

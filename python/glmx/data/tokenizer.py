@@ -26,7 +26,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from glmx.errors import CheckpointError, ConfigError, UnsupportedError
+from glmx.errors import CheckpointError, ConfigError, UnsupportedError, shown
+from glmx.jsonfile import MAX_BYTES, read_bytes, read_json
 
 EOS = "<|endoftext|>"
 # What GLM puts before every sequence, base-model text included.
@@ -41,6 +42,8 @@ TAG_TOKENS = (
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink",
 )  # fmt: skip
+_MAX_FILE = 2**28  # bytes of tokenizer.json; GLM's has 20 MB
+_MAX_VOCAB = 2**22  # ids; GLM has 151,552. A table this long is made
 # GLM-4's split: contractions, words with one leading mark or space, digits by up to 3, runs of marks, runs of
 # space.
 GLM_PATTERN = (
@@ -109,7 +112,7 @@ class Tokenizer:
         eos_token: str = EOS,
         eos_ids: Sequence[int] | None = None,
     ) -> None:
-        if json.loads(hf.to_str()).get("decoder", {}).get("type") != "ByteLevel":
+        if (json.loads(hf.to_str()).get("decoder") or {}).get("type") != "ByteLevel":
             raise UnsupportedError("tokenizer.json: only byte-level tokenizers (decoder ByteLevel) are supported")
         self.hf = hf
         # The same tokenizer, reading special tokens' names as ordinary text: for text nobody vouches for.
@@ -119,7 +122,11 @@ class Tokenizer:
         self.eos_token = eos_token
         self._added = dict(hf.get_added_tokens_decoder())
         self.special_ids = frozenset(i for i, t in self._added.items() if t.special)
-        self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 < self.vocab_size <= _MAX_VOCAB:
+            raise CheckpointError(
+                f"tokenizer: its ids make a vocabulary of {self.vocab_size}, expected 1..{_MAX_VOCAB}"
+            )
         eos = hf.token_to_id(eos_token)
         if eos is None:
             raise CheckpointError(f"tokenizer: eos_token {eos_token!r} is not in the vocabulary")
@@ -141,26 +148,23 @@ class Tokenizer:
         file = base / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{base}: no tokenizer.json")
-        try:
-            hf = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as e:  # the library raises bare Exception for a file it cannot parse
-            raise CheckpointError(f"{file}: not a tokenizer: {e}") from e
+        hf = _read_tokenizer(file)
         config = _read_json(base / "tokenizer_config.json")
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several named templates: take the one called default
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        jinja = base / "chat_template.jinja"
-        if jinja.is_file():
-            template = jinja.read_text(encoding="utf-8")
+        template = _chat_template(base / "tokenizer_config.json", config.get("chat_template"))
+        if (base / "chat_template.jinja").is_file():
+            template = _text(base / "chat_template.jinja")
         eos_token = config.get("eos_token", EOS)
         if isinstance(eos_token, dict):
-            eos_token = eos_token["content"]
-        eos_ids = _read_json(base / "generation_config.json").get("eos_token_id")
-        if eos_ids is None:
-            eos_ids = _read_json(base / "config.json").get("eos_token_id")
-        if isinstance(eos_ids, int):
-            eos_ids = [eos_ids]
-        return cls(hf, chat_template=template, eos_token=eos_token, eos_ids=eos_ids)
+            eos_token = eos_token.get("content")
+        if not isinstance(eos_token, str):
+            raise CheckpointError(f"{base / 'tokenizer_config.json'}: eos_token is {shown(eos_token)}, expected text")
+        eos_ids = None
+        for name in ("generation_config.json", "config.json"):
+            if eos_ids is None:
+                eos_ids = _ids(base / name, _read_json(base / name).get("eos_token_id"))
+        tokenizer = cls(hf, chat_template=template, eos_token=eos_token, eos_ids=eos_ids)
+        _ = tokenizer._table  # what it cannot decode is said here, not in the middle of a generation
+        return tokenizer
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers reads them."""
@@ -249,8 +253,10 @@ class Tokenizer:
         for token, i in self.hf.get_vocab(with_added_tokens=True).items():
             if i in self._added:
                 table[i] = token.encode("utf-8")
-            else:
+            elif all(c in alphabet for c in token):
                 table[i] = bytes(alphabet[c] for c in token)
+            else:
+                raise CheckpointError(f"tokenizer: token {i}, {shown(token)}, is not in the byte-level alphabet")
         return table
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
@@ -335,10 +341,40 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json, by the tokenizers library."""
+    data = read_bytes(file, _MAX_FILE)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise CheckpointError(f"{path}: not JSON: {e}") from e
+        return tokenizers.Tokenizer.from_buffer(data)
+    except BaseException as e:  # bare Exception for a file it cannot parse; a panic of its Rust is a BaseException
+        if isinstance(e, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise CheckpointError(f"{file}: not a tokenizer: {shown(str(e))}") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_bytes(file, MAX_BYTES).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"{file}: not UTF-8: {e}") from None
+
+
+def _chat_template(file: Path, template: Any) -> str | None:
+    """The template in tokenizer_config.json: text, or several named ones, of which the one called default."""
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{file}: chat_template is {shown(template)}, expected text")
+    return template
+
+
+def _ids(file: Path, value: Any) -> list[int] | None:
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise CheckpointError(f"{file}: eos_token_id is {shown(value)}, expected token ids")
+    return None if value is None else ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if os.path.lexists(path) else {}

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from glmx.errors import CheckpointError, UnsupportedError
+from glmx.errors import CheckpointError, UnsupportedError, listed, shown
+from glmx.jsonfile import read_bytes
 from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
+from glmx.models.safetensors import INDEX, MAX_HEADER, SINGLE, Files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,68 +49,143 @@ class _Source(NamedTuple):
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint directory that MODEL names: itself, or the newest step of a training run's directory.
+    """The checkpoint directory that MODEL names: itself, the newest step of a training run's directory, or a
+    Hub id in the local Hub cache (where huggingface_hub is installed; nothing is ever downloaded).
 
     Raises CheckpointError, for what looks like a Hub id with the command that downloads it.
     """
-    directory = Path(path)
-    if directory.is_dir():
-        latest = directory / "latest"
-        if latest.is_file() and not (directory / "config.json").exists():
-            return directory / latest.read_text(encoding="utf-8").strip()
-        return directory
-    if directory.exists():
-        raise CheckpointError(f"'{path}' is a file, expected a checkpoint directory")
     name = str(path)
+    if not name:
+        raise CheckpointError("the model's name is empty, expected a checkpoint directory or a Hub id")
+    directory = Path(path)
+    try:
+        if directory.is_dir():
+            return _newest_step(directory)
+        there = directory.exists()
+    except (OSError, ValueError) as error:  # a name too long for a file, or with a NUL in it
+        raise CheckpointError(f"cannot read {shown(name)}: {error}") from None
+    if there:
+        raise CheckpointError(f"'{path}' is a file, expected a checkpoint directory")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        cached = _in_hub_cache(name)
+        if cached is not None:
+            return cached
         local = name.split("/")[1]
         raise CheckpointError(
-            f"no directory '{name}'; if it is a Hub id, download it first: hf download {name} --local-dir {local}"
+            f"no directory '{name}', and no such model in the local Hub cache; if it is a Hub id, download it first: "
+            f"hf download {name} --local-dir {local}"
         )
-    raise CheckpointError(f"no directory '{name}'")
+    raise CheckpointError(f"no directory {shown(name)}")
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> Decoder:
+def _newest_step(directory: Path) -> Path:
+    latest = directory / "latest"
+    if (directory / "config.json").exists() or not latest.is_file():
+        return directory
+    step = read_bytes(latest, 4096).decode("utf-8", "replace").strip()
+    if "/" in step or not step.isprintable() or not (directory / step).is_dir():
+        raise CheckpointError(f"'{latest}' names {shown(step)}, which is no directory in '{directory}'")
+    return directory / step
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(name, "config.json")
+    except (ImportError, ValueError):  # not installed; or not a name that the Hub allows
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    *,
+    check_finite: bool = False,
+) -> Decoder:
     """Loads a Hugging Face directory into a Decoder in eval mode.
 
-    device  "auto" and "cpu"; this build computes nowhere else
-    dtype   "auto" (the config's), "bf16", "fp32" or a torch.dtype
+    device        "auto" and "cpu"; this build computes nowhere else
+    dtype         "auto" (the config's), "bf16", "fp32" or a torch.dtype
+    check_finite  also look for NaN and infinity in every tensor, as the model will hold it
     A router stored in fp32 beside bf16 weights stays fp32, as do the correction biases. Without tensors of
-    the MTP layer the model has none. Raises CheckpointError naming every missing, unknown or misshapen tensor
-    and UnsupportedError for a model that glmx does not compute.
+    the MTP layer the model has none. Raises CheckpointError naming every missing, unknown, misshapen or (with
+    check_finite) not finite tensor and UnsupportedError for a model that glmx does not compute. Nothing of the
+    model's size is allocated before the config and every file's header are known to fit.
     """
     directory = resolve(path)
     config = ModelConfig.from_dir(directory)
-    compute = _compute_dtype(config, dtype)
-    files = _Files(directory)
+    compute, place = _compute_dtype(config, dtype), _device(device)
+    # A name, its shape and its range take a hundred bytes or two; metadata may be longer.
+    files = Files(directory, max_header=min(MAX_HEADER, 2**20 + 1024 * config.num_tensors()))
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(key.startswith(mtp_prefix) for key in files.keys):
         config = replace(config, num_nextn_predict_layers=0)
-    model = Decoder(config, compute, _device(device))
+    _check_count(config, files, directory)
+    _check_tensors(Decoder(config, compute, "meta"), files, directory)
+    model = _allocated(config, compute, place)
     _keep_fp32_routers(model, files)
+    _fill(model, files, check_finite)
+    return model.eval()
 
-    sources = _expected(model, files.keys)
-    copies = _copies(model)
+
+def _check_count(config: ModelConfig, files: Files, directory: Path) -> None:
+    """Refuses a config of far more layers or experts than the files hold, before a module is made for each.
+
+    A checkpoint that lacks less than half of its tensors is left to _check_tensors, which names them.
+    """
+    fused = sum(key.endswith(".mlp.experts.gate_up_proj") for key in files.keys)
+    expected = config.num_tensors(fused)
+    if expected > 2 * len(files.keys):
+        raise CheckpointError(
+            f"'{directory}' lacks most of its tensors: it has {len(files.keys)}, config.json describes {expected} "
+            f"(num_hidden_layers = {config.num_hidden_layers}, n_routed_experts = {config.n_routed_experts})"
+        )
+
+
+def _check_tensors(model: Decoder, files: Files, directory: Path) -> None:
+    """Compares the files' headers with a model on the meta device: names, shapes, dtypes."""
+    sources, copies = _expected(model, files.keys), _copies(model)
     missing = sorted(sources.keys() - files.keys)
     unknown = sorted(files.keys - sources.keys() - copies.keys())
     for what, keys in (("lacks", missing), ("has unknown", unknown)):
         if keys:
-            raise CheckpointError(f"'{directory}' {what} {_listed(keys)}")
-    for key, (stored, shape) in files.headers.items():
-        wanted = list((sources[key].view if key in sources else copies[key]).shape)
-        if shape != wanted:
-            raise CheckpointError(f"tensor {key} has shape {shape}, the config expects {wanted}")
-        if stored not in _READABLE:
-            raise UnsupportedError(f"tensor {key} is {stored}, only {', '.join(_READABLE)} are supported")
-    with torch.no_grad():
-        for key, tensor in files.tensors():
-            if key in sources:
-                sources[key].view.copy_(tensor)
+            raise CheckpointError(f"'{directory}' {what} {listed(keys)}")
+    for key, header in files.headers.items():
+        wanted = (sources[key].view if key in sources else copies[key]).shape
+        if header.shape != wanted:
+            raise CheckpointError(f"tensor {key} has shape {list(header.shape)}, the config expects {list(wanted)}")
+        if header.dtype not in _READABLE:
+            raise UnsupportedError(f"tensor {key} is {header.dtype}, only {', '.join(_READABLE)} are supported")
+
+
+def _allocated(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+    try:
+        return Decoder(config, dtype, device)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        size = config.num_parameters() * dtype.itemsize / 2**30
+        raise CheckpointError(f"the model takes {size:.1f} GiB in {_dtype_name(dtype)}, which is not free") from None
+
+
+@torch.no_grad()
+def _fill(model: Decoder, files: Files, check_finite: bool) -> None:
+    sources, copies = _expected(model, files.keys), _copies(model)
+    for key, tensor in files.tensors():
+        if key not in sources:
+            continue
+        view = sources[key].view
+        view.copy_(tensor)
+        if check_finite and not view.isfinite().all():
+            bad = int((~view.isfinite()).sum())
+            raise CheckpointError(f"tensor {key}: {bad} of its {view.numel()} values are NaN or infinite")
     # Copies are compared last, when what they copy has been read.
     for key in sorted(copies.keys() & files.keys):
         if not torch.equal(files.tensor(key).to(copies[key]), copies[key]):
             raise UnsupportedError(f"tensor {key} differs from the tensor it copies; glmx ties them")
-    return model.eval()
 
 
 def save(
@@ -206,78 +280,13 @@ def _copies(model: Decoder) -> dict[str, torch.Tensor]:
     return {key: tensor.detach() for key, tensor in out.items()}
 
 
-# Reading.
-class _Files:
-    """The safetensors files of a directory as one mapping.
-
-    `keys` are all tensor names, `headers` their (dtype as safetensors names it, shape); reading them reads no
-    tensor.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.headers: dict[str, tuple[str, list[int]]] = {}
-        self._file_of: dict[str, Path] = {}
-        index = directory / INDEX
-        if index.exists():
-            expected = _read_index(index)
-            for file in sorted(set(expected.values())):
-                self._add(file)
-            wrong = sorted(key for key, _ in expected.items() ^ self._file_of.items())
-            if wrong:
-                listed = _listed(sorted(set(wrong)))
-                raise CheckpointError(f"{INDEX} and the files in '{directory}' disagree on {listed}")
-        elif (directory / SINGLE).exists():
-            self._add(directory / SINGLE)
-        else:
-            raise CheckpointError(f"no {SINGLE} or {INDEX} in '{directory}'")
-        self.keys = set(self._file_of)
-
-    def _add(self, file: Path) -> None:
-        with self._open(file) as opened:
-            for key in opened.keys():  # noqa: SIM118 - not a dict
-                header = opened.get_slice(key)
-                self.headers[key] = (header.get_dtype(), list(header.get_shape()))
-                self._file_of[key] = file
-
-    @staticmethod
-    def _open(file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"'{file}' is not a safetensors file: {error}") from None
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, one at a time, file by file."""
-        for file in sorted(set(self._file_of.values())):
-            with self._open(file) as opened:
-                for key in opened.keys():  # noqa: SIM118 - not a dict
-                    yield key, opened.get_tensor(key)
-
-    def tensor(self, key: str) -> torch.Tensor:
-        with self._open(self._file_of[key]) as opened:
-            return opened.get_tensor(key)
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    """Tensor name -> file, as the index says; every file exists."""
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        file_of = {key: index.parent / name for key, name in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"'{index}' is not an index of safetensors files: {error!r}") from None
-    absent = sorted({file.name for file in file_of.values() if not file.exists()})
-    if absent:
-        raise CheckpointError(f"'{index.parent}' lacks {_listed(absent)}, named in {INDEX}")
-    return file_of
-
-
-def _keep_fp32_routers(model: Decoder, files: _Files) -> None:
+def _keep_fp32_routers(model: Decoder, files: Files) -> None:
     """A checkpoint in bf16 that stores a router's matrix in fp32 means it to be computed in fp32."""
     if model.dtype == torch.float32 or model.config.dtype == "float32":
         return
     for name, module in model.named_modules():
         key = f"{name}.weight"
-        if name.endswith(".mlp.gate") and key in files.keys and files.headers[key][0] == "F32":
+        if name.endswith(".mlp.gate") and key in files.keys and files.headers[key].dtype == "F32":
             module.weight.data = module.weight.data.float()
 
 
@@ -337,8 +346,3 @@ def _sync(path: Path) -> None:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

@@ -34,6 +34,7 @@ class LLM:
     max_model_len  tokens of prompt and completion together; None: the config's max_position_embeddings, at
                    most 8192
     max_num_seqs   requests that run at the same time
+    check_finite   look for NaN and infinity in the weights while they are read
     seed           where requests without a seed of their own get one from
     """
 
@@ -46,12 +47,13 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         seed: int = 0,
+        check_finite: bool = False,
     ) -> None:
         directory = resolve(model)
-        self.model = load(directory, device=device, dtype=dtype)
         self.directory = directory
         has_tokenizer = (directory / "tokenizer.json").exists()
         self.tokenizer = Tokenizer.from_dir(directory) if has_tokenizer else None
+        self.model = load(directory, device=device, dtype=dtype, check_finite=check_finite)
         limit = self.model.config.max_position_embeddings
         if max_model_len is not None and not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}, expected 2..{limit} (max_position_embeddings)")

@@ -1,0 +1,197 @@
+"""What the safetensors files of a directory hold, checked before any of it is used.
+
+The format: 8 bytes, little-endian, the length of the header; the header, a JSON object from tensor name to dtype,
+shape and byte range in the data; the data, every byte of it in one tensor
+(https://github.com/huggingface/safetensors, "Format"). Everything here is decided from the header and the file's
+size; no tensor is read and nothing of a tensor's size is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from glmx.errors import CheckpointError, listed, shown
+from glmx.jsonfile import parse_object, read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+# Bits per element. glmx computes with few of them, but a file is well-formed whatever it holds.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: dtype as safetensors names it, shape, and its bytes [start, end) in the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(file: Path, max_header: int = MAX_HEADER) -> dict[str, Entry]:
+    """Tensor name -> Entry, for a file that is whole: its length, its JSON and every tensor's range add up.
+
+    Raises CheckpointError naming the file, and the tensor where one is at fault.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would block
+            raise CheckpointError(f"'{file}' is not a regular file")
+        with open(file, "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            first = opened.read(9)
+            length = int.from_bytes(first[:8], "little")
+            if size < 8:
+                raise CheckpointError(f"'{file}' is truncated: {size} bytes, a safetensors file has at least 10")
+            if first == b"version h":
+                raise CheckpointError(f"'{file}' is a Git LFS pointer, not the weights: fetch them with git lfs pull")
+            if first[8:] not in (b"{", b"") or length < 2:
+                raise CheckpointError(f"'{file}' is not a safetensors file: no header at its start")
+            if length > max_header:
+                raise CheckpointError(
+                    f"'{file}' is not a safetensors file of this model: a header of {length} bytes, "
+                    f"expected at most {max_header}"
+                )
+            if length > size - 8:
+                raise CheckpointError(f"'{file}' is truncated: a header of {length} bytes in a file of {size}")
+            raw = parse_object(b"{" + opened.read(length - 1), f"the header of '{file}'")
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{file}': {error.strerror or error}") from None
+
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"'{file}': __metadata__ is {shown(metadata)}, expected an object of strings")
+    entries = {name: _entry(file, name, value) for name, value in raw.items()}
+    _check_ranges(file, entries, size - 8 - length)
+    return entries
+
+
+def _entry(file: Path, name: str, value: Any) -> Entry:
+    where = f"'{file}': tensor {listed([name])}"
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} is {shown(value)}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise CheckpointError(f"{where} has dtype {shown(dtype)}, expected one of {', '.join(sorted(_BITS))}")
+    if not _naturals(shape):
+        raise CheckpointError(f"{where} has shape {shown(shape)}, expected a list of sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where} has data_offsets {shown(offsets)}, expected [start, end]")
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise CheckpointError(
+            f"{where} is {dtype} {shown(shape)}, {shown(-(-bits // 8))} bytes, "
+            f"but its data_offsets {shown(offsets)} hold {shown(offsets[1] - offsets[0])}"
+        )
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _naturals(value: Any) -> bool:
+    # An integer beyond 64 bits is no size; without the bound a product of them would be slow to compute.
+    return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _check_ranges(file: Path, entries: dict[str, Entry], data: int) -> None:
+    """The tensors cover the file's `data` bytes without a hole and without overlap."""
+    position, before = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.end > data:
+            raise CheckpointError(
+                f"'{file}' is truncated: tensor {listed([name])} ends at byte {entry.end} of the data, there are {data}"
+            )
+        if entry.start != position:
+            what = "overlaps" if entry.start < position else "leaves a hole behind"
+            raise CheckpointError(
+                f"'{file}': tensor {listed([name])} {what} {before}: it begins at byte {entry.start} of the data, "
+                f"expected {position}"
+            )
+        position, before = entry.end, listed([name])
+    if position != data:
+        raise CheckpointError(f"'{file}' has {data - position} bytes behind its last tensor")
+
+
+class Files:
+    """The safetensors files of a directory as one mapping; made from their headers alone.
+
+    `headers` is tensor name -> Entry, `keys` the names. Raises CheckpointError for a missing, damaged or
+    unknown file, an index that disagrees with the files, and a tensor that is in two of them.
+    """
+
+    def __init__(self, directory: Path, max_header: int = MAX_HEADER) -> None:
+        self.headers: dict[str, Entry] = {}
+        self._file_of: dict[str, Path] = {}
+        index = directory / INDEX
+        if index.exists():
+            expected = _read_index(index, max_header)
+            for file in sorted(set(expected.values())):
+                self._add(file, max_header)
+            wrong = sorted({key for key, _ in expected.items() ^ self._file_of.items()})
+            if wrong:
+                raise CheckpointError(f"{INDEX} and the files in '{directory}' disagree on {listed(wrong)}")
+        elif (directory / SINGLE).exists():
+            self._add(directory / SINGLE, max_header)
+        else:
+            raise CheckpointError(f"no {SINGLE} or {INDEX} in '{directory}'")
+        self.keys = set(self._file_of)
+
+    def _add(self, file: Path, max_header: int) -> None:
+        entries = read_header(file, max_header)
+        for key in entries:
+            if key in self._file_of:
+                both = f"'{self._file_of[key].name}' and '{file.name}'"
+                raise CheckpointError(f"tensor {listed([key])} is in two files of '{file.parent}': {both}")
+            self._file_of[key] = file
+        self.headers |= entries
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, one at a time, file by file."""
+        for file in sorted(set(self._file_of.values())):
+            with _open(file) as opened:
+                for key in opened.keys():  # noqa: SIM118 - not a dict
+                    yield key, opened.get_tensor(key)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        with _open(self._file_of[key]) as opened:
+            return opened.get_tensor(key)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{file}' is not a safetensors file: {error}") from None
+
+
+def _read_index(index: Path, max_bytes: int) -> dict[str, Path]:
+    """Tensor name -> file, as the index says; every file is there, in the index's own directory."""
+    weight_map = read_json(index, max_bytes).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"'{index}' is not an index: weight_map is {shown(weight_map)}, expected an object")
+    for key, name in weight_map.items():
+        # Also what a path outside the directory, or into the system's devices, would need.
+        plain = isinstance(name, str) and name.endswith(".safetensors") and name.isprintable() and len(name) <= 200
+        if not plain or "/" in name:
+            raise CheckpointError(
+                f"'{index}': tensor {listed([key])} is in {shown(name)}, expected a .safetensors file beside the index"
+            )
+    names = sorted(set(weight_map.values()))
+    absent = [name for name in names if not (index.parent / name).exists()]
+    if absent:
+        raise CheckpointError(f"'{index.parent}' lacks {listed(absent)}, named in {INDEX}")
+    return {key: index.parent / name for key, name in weight_map.items()}
