@@ -68,6 +68,21 @@ T* data_or_null(const std::optional<Tensor>& t, const char* name, DType dtype, s
   return t.has_value() ? static_cast<T*>(data(*t, name, dtype, shape)) : nullptr;
 }
 
+// The sequences of T query rows over key_rows rows of keys; the host function checks what they hold.
+inline Sequences sequences(const Tensor& cu_seqlens_q, const Tensor& seq_lens, const std::optional<Tensor>& cu_seqlens_k,
+                           const std::optional<Tensor>& block_table, int64_t T, int64_t key_rows) {
+  Sequences s{};
+  s.B = cu_seqlens_q.dim() == 1 ? cu_seqlens_q.size(0) - 1 : 0;
+  s.T = T;
+  s.key_rows = key_rows;
+  s.cu_seqlens_q = data_as<int32_t>(cu_seqlens_q, "cu_seqlens_q", DType::i32, {kAny});
+  s.seq_lens = data_as<int32_t>(seq_lens, "seq_lens", DType::i32, {s.B});
+  s.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k, "cu_seqlens_k", DType::i32, {s.B + 1});
+  s.block_table = data_or_null<int32_t>(block_table, "block_table", DType::i32, {s.B, kAny});
+  s.max_blocks = block_table.has_value() ? block_table->size(1) : 0;
+  return s;
+}
+
 // A scratch buffer for one call.
 Tensor workspace(const Tensor& like, DType dtype, int64_t elements);
 

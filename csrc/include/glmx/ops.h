@@ -19,6 +19,20 @@
 
 namespace glmx {
 
+// Sequences of the ops that have a key cache. Query rows are flat: sequence i owns rows [cu_seqlens_q[i], cu_seqlens_q[i + 1]), its last
+// tokens; it has seq_lens[i] keys in all. So row r of sequence i sees its keys [0, seq_lens[i] - (cu_seqlens_q[i + 1] - 1 - r)).
+// Keys lie in rows of a cache, either contiguous, key j in row cu_seqlens_k[i] + j, or in pages of kPageRows rows, key j in row
+// block_table[i][j / kPageRows] * kPageRows + j % kPageRows. Exactly one of cu_seqlens_k and block_table is given. Pages past a sequence's
+// keys are not looked at; neither are rows past its keys.
+inline constexpr int64_t kPageRows = 64;
+struct Sequences {
+  const int32_t* cu_seqlens_q;  // [B + 1], cu_seqlens_q[0] == 0, ascending, cu_seqlens_q[B] == T
+  const int32_t* seq_lens;      // [B], each at least the sequence's query rows
+  const int32_t* cu_seqlens_k;  // [B + 1], ascending, room for seq_lens[i] rows each; or null
+  const int32_t* block_table;   // [B, max_blocks], pages in [0, key_rows / kPageRows); or null
+  int64_t B, T, max_blocks, key_rows;
+};
+
 // route_topk: sigmoid routing with a selection bias and groups.
 //   s = sigmoid(logits); c = s + bias; groups outside the best topk_group (score: sum of the two largest c) count as -inf;
 //   ids = the top_k largest c, descending, ties to the lower id (NaN is -inf, -0 is +0); w = s[ids];
