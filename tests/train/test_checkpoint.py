@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from glmx.errors import CheckpointError
+from glmx.errors import CheckpointError, ConfigError
 from glmx.train import checkpoint
 
 
@@ -22,7 +22,7 @@ def write(out, step, keep=2, save_model=None, tensors=None):
         step,
         save_model=save_model or default,
         tensors=tensors or {"master.w": torch.full((3,), float(step))},
-        state={"tokens": step * 10},
+        state={"tokens": step * 10, "seconds": 1.5, "updates": step, "cursor": {}, "config": {}},
         keep=keep,
     )
 
@@ -105,12 +105,39 @@ def test_log_is_cut_back_to_the_step(tmp_path):
 def test_errors_name_the_path(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     (tmp_path / "latest").write_text("step-00000009\n")
-    with pytest.raises(CheckpointError, match="names step-00000009"):
+    with pytest.raises(CheckpointError, match="names 'step-00000009', which is not in .*; it has no checkpoint"):
         checkpoint.latest(tmp_path)
     path = write(tmp_path, 9)
     (path / "trainer" / "state.safetensors").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="step-00000009/trainer cannot be resumed"):
+    with pytest.raises(CheckpointError, match="step-00000009/trainer/state.safetensors cannot be resumed"):
         checkpoint.read(path)
+    for content, words in (
+        (b"{", "cannot be resumed: Expecting"),
+        (b"\xff", "cannot be resumed: 'utf-8'"),
+        (b"[1]", "expected an object, got list"),
+        (b'{"format": 1, "step": 9}', "has format 1, this glmx resumes format 2"),
+        (b'{"format": 2, "step": "9"}', "step is '9', expected int"),
+        (b'{"format": 2, "step": 8, "tokens": 1, "seconds": 1, "updates": 8, "cursor": {}, "config": {}}', "of step 8"),
+    ):
+        (path / "trainer" / "state.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"step-00000009/trainer/state.json.*{words}"):
+            checkpoint.read(path)
+
+
+def test_what_a_failed_start_made_goes_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), checkpoint.making(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+        1 / 0  # noqa: B018
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match="out is '.*file/b': cannot write there: (Not a directory|File exists)"),
+        checkpoint.making(tmp_path / "file" / "b"),
+    ):
+        raise AssertionError
+    with checkpoint.making(tmp_path / "kept"):
+        pass
+    assert names(tmp_path) == ["file", "kept"]
 
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path):

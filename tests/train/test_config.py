@@ -23,6 +23,9 @@ def changed(**sections):
         (changed(train={"seq_len": 128}), ["'train.seq_len'", "'data.seq_len'"]),
         (changed(optim={"lr": "fast"}), ["optim.lr", "'fast'", "float"]),
         (changed(optim={"lr": -1.0}), ["optim.lr", "-1.0", "> 0"]),
+        (changed(optim={"lr": float("nan")}), ["optim.lr", "nan", "> 0"]),
+        (changed(optim={"lr": float("inf")}), ["optim.lr", "inf", "finite"]),
+        (changed(train={"seed": 2**63}), ["train.seed", str(2**63), f"at most {2**63 - 1}"]),
         (changed(train={"dtype": "fp8"}), ["train.dtype", "'fp8'", "bf16", "fp32"]),
         (changed(train={"batch_rows": 2.5}), ["train.batch_rows", "2.5", "int"]),
         (

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,8 @@ def test_changed_keys_data_and_models_are_refused(raw, model_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"optim\.lr is 0\.02, but .* 0\.01"):
         pretrain(make_config({**raw, "optim": {**raw["optim"], "lr": 0.02}}))
     fresh = {**raw, "out": str(tmp_path / "fresh")}
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.02 and train\.seed is 4, but .* 0\.01 and 3"):
+        pretrain(make_config({**raw, "optim": {**raw["optim"], "lr": 0.02}, "train": {**raw["train"], "seed": 4}}))
     with pytest.raises(ConfigError, match="no config.json"):
         pretrain(make_config({**fresh, "model": str(tmp_path)}))
     with pytest.raises(CheckpointError, match="no token shards other-"):
@@ -211,6 +214,35 @@ def test_changed_keys_data_and_models_are_refused(raw, model_dir, tmp_path):
     with pytest.raises(ConfigError, match="vocabulary has 61 tokens, the model's 40"):
         pretrain(make_config({**fresh, "model": str(small)}))
     assert not (tmp_path / "fresh").exists()
+
+
+def test_changed_tokens_are_refused_on_resume(raw, tmp_path):
+    """Other tokens of the same number, in the same documents: nothing but their hash tells."""
+    data = tmp_path / "data"
+    shutil.copytree(raw["data"]["shards"], data)
+    raw["data"]["shards"] = str(data)
+    pretrain(make_config({**raw, "train": {**raw["train"], "minutes": 1e-6}}), quiet=True)
+    shard = next(data.glob("train-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[4096] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="step-00000001/trainer .*the data has changed: tokens_sha256 was"):
+        pretrain(make_config(raw), quiet=True)
+    content[4096:4098] = b"\xff\xff"
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="train-00000-of-00001.bin: .* token 65535, the vocabulary has 61"):
+        pretrain(make_config(raw), quiet=True)
+
+
+def test_a_run_continues_the_newest_checkpoint_of_another(raw, tmp_path):
+    raw["train"]["steps"] = 1
+    pretrain(make_config(raw), quiet=True)
+    further = {**raw, "model": raw["out"], "out": str(tmp_path / "further"), "optim": {"lr": 1e-9, "min_lr": 0.0}}
+    result = pretrain(make_config(further), quiet=True)
+    ours, theirs = (
+        load_file(p / "step-00000001" / "model.safetensors") for p in (tmp_path / "out", tmp_path / "further")
+    )
+    assert result.step == 1 and torch.equal(ours["lm_head.weight"], theirs["lm_head.weight"])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(raw, monkeypatch):

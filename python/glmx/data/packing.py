@@ -116,6 +116,7 @@ class PackedRows:
         self.rank, self.world_size = rank, world_size
         # The phase takes up to seq_len - 1 tokens, and the number of rows must not depend on it.
         self.rows_per_epoch = (shards.num_tokens - (seq_len - 1)) // seq_len
+        self.tokens_sha256 = shards.tokens_sha256
         self.epoch = 0
         self.row = 0
         self._plan(0)
@@ -154,9 +155,12 @@ class PackedRows:
         """Continue where `state` was taken. Raises CheckpointError when data, seed or row length differ."""
         for key, value in self._identity().items():
             if state.get(key) != value:
-                raise CheckpointError(f"data cursor: {key} was {state.get(key)!r} in the checkpoint, is {value!r} now")
-        if not 0 <= state["row"] <= self.rows_per_epoch:
-            raise CheckpointError(f"data cursor: row {state['row']} of {self.rows_per_epoch}")
+                raise CheckpointError(
+                    f"the data has changed: {key} was {state.get(key)!r} in the checkpoint, is {value!r} now"
+                )
+        for key, limit in (("row", self.rows_per_epoch), ("epoch", 2**63 - 1)):
+            if type(state.get(key)) is not int or not 0 <= state[key] <= limit:
+                raise CheckpointError(f"data cursor: {key} is {state.get(key)!r}, expected 0 .. {limit}")
         if state["epoch"] != self.epoch:
             self._plan(state["epoch"])
         self.row = state["row"]
@@ -168,6 +172,7 @@ class PackedRows:
             "num_tokens": self.shards.num_tokens,
             "num_documents": self.shards.num_documents,
             "tokenizer_sha256": self.shards.tokenizer_sha256,
+            "tokens_sha256": self.tokens_sha256,
         }
 
     def _plan(self, epoch: int) -> None:

@@ -12,11 +12,13 @@ leaves the last good one. Resuming cuts log.jsonl back to the checkpoint's step.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glmx.errors import CheckpointError
+from glmx.errors import CheckpointError, ConfigError
 
-FORMAT = 1
+FORMAT = 2  # 2: the cursor knows the hash of the tokens
 TMP = ".tmp-"
+# What a resumed run reads from trainer/state.json, beside its format.
+STATE = {"step": int, "tokens": int, "seconds": float, "updates": int, "cursor": dict, "config": dict}
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def write(
 ) -> Path:
     """Writes OUT/step-XXXXXXXX and OUT/latest, then drops all but the newest `keep`.
 
-    save_model(path) creates the directory `path`. Raises CheckpointError.
+    save_model(path) creates the directory `path`. Raises CheckpointError, which says what is left to resume from.
     """
     name = step_name(step)
     tmp, final = out / f"{TMP}{name}", out / name
@@ -75,7 +79,7 @@ def write(
         raise
     except Exception as error:  # safetensors has its own error type, and so has the caller's save_model
         shutil.rmtree(tmp, ignore_errors=True)
-        raise CheckpointError(f"could not write {final}: {error}") from error
+        raise CheckpointError(f"could not write {final}: {error}; {_left(out)}") from error
     for old in _steps(out)[:-keep]:
         if old != final:
             _retire(old)
@@ -87,24 +91,61 @@ def latest(out: Path) -> Path | None:
     steps = _steps(out)
     pointer = out / "latest"
     if pointer.is_file():
-        named = out / pointer.read_text(encoding="utf-8").strip()
-        if named in steps:
-            return named
-        raise CheckpointError(f"{pointer} names {named.name}, which is not in {out}")
+        name = pointer.read_bytes().decode("utf-8", "replace").strip()
+        if name in [path.name for path in steps]:
+            return out / name
+        raise CheckpointError(f"{pointer} names {name!r}, which is not in {out}; it has {_names(steps)}")
     return steps[-1] if steps else None
 
 
 def read(path: Path) -> Saved:
     """Reads trainer/ of a checkpoint. Raises CheckpointError."""
-    trainer = path / "trainer"
+    file = path / "trainer" / "state.json"
     try:
-        state = json.loads((trainer / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(trainer / "state.safetensors")
-    except Exception as error:
-        raise CheckpointError(f"{trainer} cannot be resumed: {error}") from error
+        state = json.loads(file.read_bytes())
+        if not isinstance(state, dict):
+            raise ValueError(f"expected an object, got {type(state).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be resumed: {error}") from error
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{trainer}/state.json has format {state.get('format')!r}, expected {FORMAT}")
-    return Saved(path, tensors, state)
+        raise CheckpointError(
+            f"{file} has format {state.get('format')!r}, this glmx resumes format {FORMAT}; "
+            f"start afresh in another `out`, with this checkpoint as `model` to keep its weights"
+        )
+    for key, kind in STATE.items():
+        if not isinstance(state.get(key), (int, float) if kind is float else kind):
+            raise CheckpointError(f"{file} cannot be resumed: {key} is {state.get(key)!r}, expected {kind.__name__}")
+    if step_name(state["step"]) != path.name:
+        raise CheckpointError(f"{file} cannot be resumed: it is of step {state['step']}, its directory is {path.name}")
+    tensors = file.with_suffix(".safetensors")
+    try:
+        return Saved(path, load_file(tensors), state)
+    except Exception as error:  # safetensors has its own error type
+        raise CheckpointError(f"{tensors} cannot be resumed: {error}") from error
+
+
+@contextlib.contextmanager
+def making(out: Path) -> Iterator[None]:
+    """Makes the directory OUT; what it made goes again when the body fails.
+
+    Raises ConfigError when OUT cannot be made or written to.
+    """
+    made: list[Path] = []
+    try:
+        for folder in reversed([out, *out.parents]):
+            if not folder.is_dir():
+                folder.mkdir()
+                made.insert(0, folder)
+        with tempfile.TemporaryFile(dir=out):  # permission bits say little: of root, of a read-only file system
+            pass
+    except OSError as error:
+        _remove_empty(made)
+        raise ConfigError(f"out is {str(out)!r}: cannot write there: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        _remove_empty(made)
+        raise
 
 
 def lock(out: Path) -> int:
@@ -128,29 +169,54 @@ def cut_log(log: Path, step: int) -> None:
     """Keeps the records of log.jsonl up to and including `step`; a torn last line goes too."""
     if not log.exists():
         return
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+    kept, lines = [], log.read_bytes().splitlines(keepends=True)
+    for line in lines:
         try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         kept.append(line)
-    _replace(log, "".join(kept))
+    if len(kept) < len(lines):
+        _replace(log, b"".join(kept))
 
 
 def _write_latest(out: Path, name: str) -> None:
-    _replace(out / "latest", name + "\n")
+    _replace(out / "latest", f"{name}\n".encode())
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: bytes) -> None:
     tmp = path.with_name(f"{TMP}{path.name}")
-    with open(tmp, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
-    _sync(path.parent)
+    try:
+        with open(tmp, "wb", buffering=0) as file:
+            view = memoryview(content)
+            while view:
+                view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        tmp.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error.strerror}") from error
+
+
+def _left(out: Path) -> str:
+    """What a failed write leaves, for its message."""
+    try:
+        last = latest(out)
+    except (CheckpointError, OSError):
+        last = None
+    return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+
+
+def _names(steps: list[Path]) -> str:
+    return ", ".join(path.name for path in steps) or "no checkpoint"
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty: somebody else's files
+            folder.rmdir()
 
 
 def _steps(out: Path) -> list[Path]:

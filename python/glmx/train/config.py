@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -24,6 +25,7 @@ PositiveInt = Annotated[int, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
+MAX_INT = 2**63 - 1  # of seeds and counts; TOML knows no larger one either
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 
 
@@ -143,13 +145,15 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_changed(saved: dict[str, Any], config: PretrainConfig) -> None:
-    """Raises ConfigError naming the first key whose change would make the resumed run another run."""
+    """Raises ConfigError naming every key whose change makes the resumed run another run."""
     old, new = flatten(saved), flatten(as_dict(config))
-    for key in sorted(old.keys() | new.keys()):
-        if key.startswith(FREE_ON_RESUME) or old.get(key) == new.get(key):
-            continue
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changed = [key for key in keys if not key.startswith(FREE_ON_RESUME)]
+    if changed:
+        now = " and ".join(f"{key} is {new.get(key)!r}" for key in changed)
+        then = " and ".join(repr(old.get(key)) for key in changed)
         raise ConfigError(
-            f"{key} is {new.get(key)!r}, but the checkpoint in {config.out} was made with {old.get(key)!r}: "
+            f"{now}, but the checkpoint in {config.out} was made with {then}: "
             f"set it back, or choose another `out` to start afresh"
         )
 
@@ -238,6 +242,11 @@ def _explain(message: str, raw: dict[str, Any]) -> str:
 
 def _check(config: PretrainConfig) -> None:
     train, optim = config.train, config.optim
+    for key, value in flatten(as_dict(config)).items():
+        if isinstance(value, float) and math.isinf(value):  # NaN passes no bound, infinity passes most
+            raise ConfigError(f"{key} is {value}: expected a finite number")
+        if isinstance(value, int) and value > MAX_INT:
+            raise ConfigError(f"{key} is {value}: expected at most {MAX_INT}")
     if bool(train.tokens) == bool(train.steps):
         raise ConfigError(
             f"train.tokens is {train.tokens} and train.steps is {train.steps}: set exactly one of them above 0"

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,12 +56,29 @@ class Run:
 
     @classmethod
     def start(cls, config: PretrainConfig) -> Run:
-        """Opens the data, builds or loads the model, and resumes what `out` holds. Raises before it trains."""
+        """Opens the data, builds or loads the model, and resumes what `out` holds. Raises before it trains, and then
+        leaves no directory that it made."""
+        out, lock = Path(config.out), -1
+        try:
+            with checkpoint.making(out):
+                lock = checkpoint.lock(out)
+                run = cls._prepared(config)
+                checkpoint.clean(out)
+                checkpoint.cut_log(out / "log.jsonl", run.step)
+        except BaseException:
+            if lock >= 0:
+                os.close(lock)
+            raise
+        run.lock = lock
+        return run
+
+    @classmethod
+    def _prepared(cls, config: PretrainConfig) -> Run:
         from glmx.data.packing import PackedRows
         from glmx.data.shards import TokenShards
 
-        out, train = Path(config.out), config.train
-        found = checkpoint.latest(out) if out.is_dir() else None
+        train = config.train
+        found = checkpoint.latest(Path(config.out))
         saved = checkpoint.read(found) if found else None
         if saved:
             refuse_changed(saved.state["config"], config)
@@ -79,6 +96,7 @@ class Run:
         torch.manual_seed(train.seed)
         model = build_model(found or Path(config.model), DTYPES[train.dtype], train.seed)
         for data in filter(None, (shards, heldout)):
+            _ = data.tokens_sha256  # reads and checks every token
             if data.vocab_size > model.config.vocab_size:
                 raise ConfigError(
                     f"{config.data.shards}: the shards' vocabulary has {data.vocab_size} tokens, "
@@ -87,13 +105,6 @@ class Run:
         run = cls(config, model, heldout, rows)
         if saved:
             run._restore(saved)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"out is {config.out!r}: {error.strerror}") from None
-        run.lock = checkpoint.lock(out)
-        checkpoint.clean(out)
-        checkpoint.cut_log(out / "log.jsonl", run.step)
         return run
 
     def close(self) -> None:
@@ -136,11 +147,10 @@ class Run:
         try:
             torch.set_rng_state(tensors.pop("rng.torch"))
             self.optim.load_state_dict(tensors, state["updates"])
-            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-            cursor = state["cursor"]
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{saved.path} does not fit {self.config.model}: {error}") from error
-        self.rows.load_state_dict(cursor)
+            self.rows.load_state_dict(state["cursor"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{saved.path}/trainer does not fit this run: {error}") from error
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.saved = saved.path
 
     def heldout_record(self, last: bool) -> dict[str, Any] | None:
@@ -202,30 +212,51 @@ class Log:
         self.path, self.on_record = path, on_record
 
     def __enter__(self) -> Log:
-        self.file: IO[str] = open(self.path, "a", encoding="utf-8")
+        # Unbuffered: after a failed write nothing is left that closing would try to write again.
+        self.file = open(self.path, "ab", buffering=0)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()  # so that `tail -f` shows it; sync() makes it last
+        """One write, so that `tail -f` shows whole lines; sync() makes it last. Raises CheckpointError."""
+        line = memoryview((json.dumps(record) + "\n").encode())
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            raise self._failed(error) from error
         if self.on_record:
             self.on_record(record)
 
     def sync(self) -> None:
-        """On disk before a checkpoint is: a resumed run finds every record up to its step."""
-        os.fsync(self.file.fileno())
+        """On disk before a checkpoint is: a resumed run finds every record up to its step. Raises CheckpointError."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"could not write {self.path}: {error.strerror}; the same command goes on from the last checkpoint"
+        )
 
 
 def build_model(path: Path, dtype: torch.dtype, seed: int) -> Decoder:
-    """`path` with weights: loads them. With config.json alone: fresh ones from initializer_range and seed."""
-    from glmx.models.checkpoint import load
+    """`path` with weights: loads them. With config.json alone: fresh ones from initializer_range and seed.
+
+    `path` may be another run's directory: its newest checkpoint. Raises ConfigError, CheckpointError.
+    """
+    from glmx.models.checkpoint import load, resolve
     from glmx.models.config import ModelConfig
     from glmx.models.decoder import Decoder
 
-    if any(path.glob("*.safetensors")):
+    try:
+        path = resolve(path)
+    except CheckpointError as error:
+        raise ConfigError(f"model is {str(path)!r}: {error}") from None
+    if any(path.glob("*.safetensors*")):  # the files, or an index of files that load will miss by name
         return load(path, dtype=dtype)
     if not (path / "config.json").is_file():
         raise ConfigError(f"model is {str(path)!r}: no config.json there; expected a Hugging Face directory")
