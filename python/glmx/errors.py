@@ -40,7 +40,8 @@ class MissingLibraryError(GlmxError, ImportError):
 
 def shown(value: Any) -> str:
     """repr(value) on one line and cut where it is long: a value out of a file may be of any size."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def listed(names: Sequence[str]) -> str:

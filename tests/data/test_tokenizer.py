@@ -217,3 +217,45 @@ def test_broken_directories_are_named(tok, tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(UnsupportedError, match="byte-level"):
         Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("tokenizer.json", b"\xff", "not a tokenizer"),
+        ("tokenizer_config.json", b"[]", "holds a JSON list, expected an object"),
+        ("tokenizer_config.json", b'{"eos_token": 3}', "eos_token is 3, expected text"),
+        ("tokenizer_config.json", b'{"eos_token": {}}', "eos_token is None, expected text"),
+        ("tokenizer_config.json", b'{"eos_token": "<nope>"}', "eos_token '<nope>' is not in the vocabulary"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is 3, expected text"),
+        ("generation_config.json", b'{"eos_token_id": "x"}', "eos_token_id is 'x', expected token ids"),
+        ("generation_config.json", b'{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\]"),
+        ("config.json", b'{"eos_token_id": -1}', "eos_token_id is -1, expected token ids"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: not UTF-8"),
+    ],
+)
+def test_a_broken_file_beside_it_is_named(tok, tmp_path, name, content, words):
+    tok.save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        Tokenizer.from_dir(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"decoder": None}, UnsupportedError, "byte-level"),
+        ({"vocab": {"a": 0, "b": 2**32 - 1}}, CheckpointError, "a vocabulary of 4294967296, expected 1..4194304"),
+        ({"vocab": {"a": 0, "\u4e2d": 1}}, CheckpointError, "token 1, '\u4e2d', is not in the byte-level alphabet"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused(tok, tmp_path, change, error, words):
+    raw = json.loads(tok.hf.to_str())
+    if "vocab" in change:
+        raw["model"].update(change, merges=[])
+    else:
+        raw.update(change)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(error, match=words):
+        Tokenizer.from_dir(tmp_path)

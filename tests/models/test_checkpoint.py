@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import glmx
 from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models import checkpoint
+from glmx.models.decoder import Decoder
 from tiny_glm import CASES, hf_twin, random_ids, random_model, tiny_config
 
 
@@ -215,12 +216,75 @@ def add(key, tensor):
             "disagree on a, ",
         ),
         (lambda d: (d / checkpoint.INDEX).write_text("[]"), CheckpointError, "holds a JSON list, expected an object"),
+        (
+            lambda d: reconfigure(d, vocab_size=2**31 - 1),
+            CheckpointError,
+            r"\[96, 32\], the config expects \[2147483647, 32\]",
+        ),
+        (
+            lambda d: reconfigure(d, num_hidden_layers=10**9),
+            CheckpointError,
+            r"it has \d+, .*num_hidden_layers = 1000000000",
+        ),
+        (
+            lambda d: reconfigure(d, n_routed_experts=512),
+            CheckpointError,
+            "lacks most of its .* n_routed_experts = 512",
+        ),
+        (lambda d: reconfigure(d, num_hidden_layers=2), CheckpointError, "lacks model.layers.2.eh_proj.weight, "),
+        (lambda d: (d / "config.json").write_bytes(b"\xff\xfe{"), CheckpointError, "not JSON: 'utf-8' codec"),
+        (
+            lambda d: (d / "config.json").write_bytes(b" " * 2**23),
+            CheckpointError,
+            "8388608 bytes, expected at most 4194304",
+        ),
+        (add("x" * 300, torch.ones(1)), CheckpointError, r"unknown 'xxx+\.\.\.xxx+'$"),
+        (add("a\nb", torch.ones(1)), CheckpointError, r"unknown 'a\\nb'$"),
     ],
 )
-def test_damaged_checkpoints_are_named(saved, damage, error, words):
+def test_damaged_checkpoints_are_named(saved, damage, error, words, monkeypatch):
     damage(saved[1])
+    # All of these are found before anything of the model's size is allocated.
+    monkeypatch.setattr(checkpoint, "_allocated", lambda *_: pytest.fail("the model was allocated"))
     with pytest.raises(error, match=words):
         glmx.load(saved[1])
+
+
+def test_a_header_longer_than_the_model_can_have(saved):
+    rewrite(saved[1], lambda t: t.update({f"{'x' * 200}.{i}": torch.ones(1) for i in range(6000)}))
+    with pytest.raises(CheckpointError, match=r"a header of \d{7} bytes, expected at most \d{7}$"):
+        glmx.load(saved[1])
+
+
+def test_a_model_that_memory_does_not_hold(saved, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr(
+        checkpoint, "Decoder", lambda c, dtype, device: Decoder(c, dtype, device) if device == "meta" else full()
+    )
+    with pytest.raises(CheckpointError, match=r"the model takes 0.0 GiB in float32, which is not free"):
+        glmx.load(saved[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.1.mlp.experts.7.up_proj.weight"])
+def test_values_that_are_not_finite(saved, key, value):
+    def spoil(tensors):
+        tensors[key].view(-1)[5:7] = value
+
+    model, directory = saved
+    assert equal_models(model, glmx.load(directory, check_finite=True))
+    rewrite(directory, spoil)
+    glmx.load(directory)
+    with pytest.raises(CheckpointError, match=rf"tensor {key}: 2 of its \d+ values are NaN or infinite"):
+        glmx.load(directory, check_finite=True)
+
+
+def test_values_that_overflow_the_compute_dtype(saved):
+    rewrite(saved[1], lambda tensors: tensors["model.norm.weight"].fill_(3.4e38))
+    with pytest.raises(CheckpointError, match="model.norm.weight: 32 of its 32 values"):
+        glmx.load(saved[1], dtype="bf16", check_finite=True)
 
 
 def test_bad_arguments(saved, tmp_path):
@@ -232,6 +296,11 @@ def test_bad_arguments(saved, tmp_path):
         glmx.load("zai-org/GLM-4.5")
     with pytest.raises(CheckpointError, match="no directory './here'"):
         glmx.load("./here")
+    with pytest.raises(CheckpointError, match="name is empty"):
+        glmx.load("")
+    for path, words in (("x" * 300, "cannot read 'xxx.*File name too long"), ("a\0b", r"'a\\x00b'")):
+        with pytest.raises(CheckpointError, match=words):
+            glmx.load(path)
     with pytest.raises(CheckpointError, match="is a file"):
         glmx.load(saved[1] / "config.json")
 
@@ -240,6 +309,26 @@ def test_a_run_directory_names_its_latest_step(saved):
     model, directory = saved
     (directory.parent / "latest").write_text("ckpt\n")
     assert equal_models(model, glmx.load(directory.parent))
+
+
+@pytest.mark.parametrize("content", ["gone", "", "../ckpt", "\0", "x" * 300])
+def test_a_run_directory_whose_latest_step_is_gone(saved, content):
+    (saved[1].parent / "latest").write_text(content)
+    with pytest.raises(CheckpointError, match="latest' names .*, which is no directory"):
+        glmx.load(saved[1].parent)
+
+
+def test_a_hub_id_is_found_in_the_local_cache(saved, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    repository = tmp_path / "hub" / "models--zai-org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    saved[1].rename(repository / "snapshots" / "abc")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert equal_models(saved[0], glmx.load("zai-org/tiny"))
+    with pytest.raises(CheckpointError, match="no such model in the local Hub cache.* hf download zai-org/other"):
+        glmx.load("zai-org/other")
 
 
 def test_saving_leaves_nothing_half_done(saved, tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from glmx.errors import CheckpointError, UnsupportedError
+from glmx.models import checkpoint
 from glmx.models.config import ModelConfig
+from glmx.models.safetensors import read_header
 from tiny_glm import CASES, random_model, tiny_config
 
 RELEASED = {  # GLM-4.5's config.json (the fields that matter, and some that do not)
@@ -73,6 +75,16 @@ def test_num_parameters(case):
     assert model.config.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_num_tensors(case, mtp, tmp_path):
+    config = tiny_config(**CASES[case], num_nextn_predict_layers=mtp)
+    directory = checkpoint.save(random_model(config), tmp_path / "ckpt")
+    assert config.num_tensors() == len(read_header(directory / checkpoint.SINGLE))
+    E = config.n_routed_experts
+    assert config.num_tensors(fused_layers=1) == config.num_tensors() - 3 * E + 2
+
+
 @pytest.mark.parametrize("mtp", [0, 1])
 def test_transformers_reads_and_writes_it(mtp):
     transformers = pytest.importorskip("transformers")
@@ -108,6 +120,17 @@ def test_spellings():
         ({"num_nextn_predict_layers": 3}, "num_nextn_predict_layers = 3"),
         ({"torch_dtype": "float16"}, "'float16'"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"model_type": "glm4_moe_lite"}, r"'glm4_moe_lite' \(GLM-4.7-Flash: not yet\)"),
+        ({"model_type": "glm_moe_dsa"}, r"'glm_moe_dsa' \(GLM-5, .*: not yet\)"),
+        ({"model_type": "glm5_next"}, r"'glm5_next' \(GLM-5.3-Flash, another architecture\)"),
+        ({"model_type": ["glm4_moe"]}, r"model_type \['glm4_moe'\]"),
+        ({"moe_layer_freq": True}, "moe_layer_freq = True"),
+        ({"n_routed_experts": 513}, "n_routed_experts = 513 is not supported, only 1..512"),
+        (
+            {"quantization_config": {"x": ["y" * 10_000] * 9}},
+            r"quantization_config = {'x': \['yyy.{,200}\.\.\. is not",
+        ),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r"rope_type = \['yarn'\]"),
     ],
 )
 def test_unsupported(change, words):
@@ -132,6 +155,26 @@ def test_unsupported(change, words):
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor = 1.5"),
         ({"num_mtp_layers": 0}, "differ"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "two values of rope_theta"),
+        ({"hidden_size": 10**400}, r"hidden_size = 1000+\.\.\.0+, expected 1..2147483647"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers = -1, expected 1..2147483647"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace = -1, expected 0"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings = 2147483648, expected 1..2147483647"),
+        ({"hidden_size": 2**31 - 1, "vocab_size": 2**31 - 1}, "parameters, expected at most 1125899906842624"),
+        ({"hidden_size": 1.0}, "hidden_size = 1.0, expected an integer"),
+        ({"rope_theta": float("nan")}, "rope_theta = nan, expected a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta = 1000.*, expected a finite number"),
+        ({"rope_theta": 0.5}, "rope_theta = 0.5, expected 1..1e30"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps = inf, expected a finite number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05, expected a finite number >= 0"),
+        ({"routed_scaling_factor": True}, "routed_scaling_factor = True, expected a finite number"),
+        ({"eos_token_id": [1, True]}, r"eos_token_id = \(1, True\), expected an integer or a list"),
+        ({"eos_token_id": [1, -2]}, r"eos_token_id = \(1, -2\), expected ids in"),
+        ({"pad_token_id": -1}, "pad_token_id = -1, expected 0"),
+        ({"torch_dtype": 16}, "dtype = 16, expected text"),
+        ({"rope_parameters": []}, r"rope_parameters = \[\], expected an object or null"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn', expected an object or null"),
+        ({"layer_types": 3}, "layer_types = 3, expected a list or null"),
+        ({"num_mtp_layers": [1]}, r"differ: \[1, \[1\]\]"),
     ],
 )
 def test_contradictions(change, words):

@@ -63,7 +63,7 @@ def resolve(path: str | Path) -> Path:
             return _newest_step(directory)
         there = directory.exists()
     except (OSError, ValueError) as error:  # a name too long for a file, or with a NUL in it
-        raise CheckpointError(f"cannot read {shown(name)}: {error}") from None
+        raise CheckpointError(f"cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}") from None
     if there:
         raise CheckpointError(f"'{path}' is a file, expected a checkpoint directory")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
@@ -83,7 +83,8 @@ def _newest_step(directory: Path) -> Path:
     if (directory / "config.json").exists() or not latest.is_file():
         return directory
     step = read_bytes(latest, 4096).decode("utf-8", "replace").strip()
-    if "/" in step or not step.isprintable() or not (directory / step).is_dir():
+    plain = 0 < len(step) <= 200 and "/" not in step and step.isprintable()
+    if not plain or not (directory / step).is_dir():
         raise CheckpointError(f"'{latest}' names {shown(step)}, which is no directory in '{directory}'")
     return directory / step
 

@@ -274,8 +274,9 @@ def _typed(name: str, value: Any) -> Any:
     else:
         good = type(value) is int
     if not good:
-        kind = "a finite number" if kind == "float" else kind
-        raise CheckpointError(f"config.json: {name} = {shown(value)}, expected {kind}")
+        wanted = {"float": "a finite number", "bool": "true or false", "str": "text"}.get(str(kind), "an integer")
+        wanted = "an integer or a list of them" if name == "eos_token_id" else wanted
+        raise CheckpointError(f"config.json: {name} = {shown(value)}, expected {wanted}")
     return value
 
 
