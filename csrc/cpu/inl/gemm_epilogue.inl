@@ -1,10 +1,7 @@
 // What happens to a block of fp32 results before it is stored: bias, silu_mul, rounding, accumulation. The vector kernels and the AMX
 // kernels store through these functions, so that their bits agree. Included after vec.h, in its anonymous namespace.
+#include "cpu/inl/sizes.inl"
 #include "cpu/inl/vec_math.inl"
-
-inline int lanes(int64_t left) { return left < 16 ? static_cast<int>(left) : 16; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
 
 // Row `row` of a [*, width] matrix of either dtype, columns [col, col + cols), from c; add: onto what is there.
 inline void store_row(void* matrix, DType dtype, int64_t width, int64_t row, int64_t col, int64_t cols, const float* c, bool add_to) {

@@ -16,171 +16,19 @@
 // Limits     checked in ops/grouped_gemm.cpp
 
 #include "cpu/inl/gemm_epilogue.inl"
+#include "cpu/inl/gemm_tile.inl"
 
-// kRows x kVecs is the ISA's: accumulators 2 * kRows * kVecs (even and odd chain) + kVecs + 1 must fit the vector registers.
-constexpr int kCols = 16 * kVecs;
-constexpr int64_t kDepth = 128;      // a panel of kDepth x kCols fp32 (16 KB at 32 columns) stays in a 32 KB L1
 constexpr int64_t kBlockRows = 288;  // results of kBlockRows x kBlockCols (288 KB) and the packed rows (144 KB) stay in a 1 MB L2
 constexpr int64_t kBlockCols = 256;  // packing a row block is shared by 256 columns, packing a panel by up to 288 rows
 constexpr int64_t kFewRows = 32;     // up to so many rows, an item has 64 columns: more items for the threads of a decode step
 constexpr int64_t kPackedRows = 160 * 1024 / 4;  // floats of packed rows per chunk, when few rows allow a chunk longer than kDepth
 
-// c[rows][kCols] += a tile @ a panel over `depth` steps. Row i, step k of the tile: a[i * 32 + k], or a[k * kRows + i].
-// A last block of fewer than 32 steps ends early: the steps of zeros that it lacks would do no more than turn a chain of -0 into +0,
-// which adding +0 does too.
-template <int rows, bool depth_major>
-inline void tile_times_panel(const float* a, const float* b, float* c, int64_t ldc, int64_t depth) {
-  constexpr int row_step = depth_major ? 1 : 32, depth_step = depth_major ? kRows : 1;
-  for (; depth > 0; depth -= 32, a += 32 * kRows, b += 32 * kCols) {
-    const int steps = depth < 32 ? static_cast<int>(depth + 1) & ~1 : 32;
-    V16 chain[2][rows][kVecs];
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) chain[0][i][j] = chain[1][i][j] = zero();
-    }
-    for (int k = 0; k < steps; k += 2) {
-#pragma GCC unroll 2
-      for (int parity = 0; parity < 2; ++parity) {
-        V16 panel[kVecs];
-#pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) panel[j] = load(b + (k + parity) * kCols + 16 * j);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; ++i) {
-          const V16 row = set1(a[i * row_step + (k + parity) * depth_step]);
-#pragma GCC unroll 4
-          for (int j = 0; j < kVecs; ++j) chain[parity][i][j] = fma(row, panel[j], chain[parity][i][j]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
-        if (steps < 32) {
-          chain[0][i][j] = add(chain[0][i][j], zero());
-          chain[1][i][j] = add(chain[1][i][j], zero());
-        }
-        float* at = c + i * ldc + 16 * j;
-        store(at, add(load(at), add(chain[0][i][j], chain[1][i][j])));
-      }
-    }
-  }
-}
-
-template <bool depth_major, int rows = kRows>
-inline void tile_times_panel_n(int64_t n, const float* a, const float* b, float* c, int64_t ldc, int64_t depth) {
-  if constexpr (rows > 1) {
-    if (n < rows) return tile_times_panel_n<depth_major, rows - 1>(n, a, b, c, ldc, depth);
-  }
-  tile_times_panel<rows, depth_major>(a, b, c, ldc, depth);
-}
-
-// Rows of T that are contiguous in depth -> one tile [depth / 32][kRows][32]. `row(i)` is where row i's depth begins.
-template <class T, class Row>
-inline void pack_tile(Row row, int64_t rows, int64_t depth, float* out) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* from = row(i);
-    float* to = out + i * 32;
-    for (int64_t k = 0; k < depth; k += 32, to += 32 * kRows) {
-      if (k + 32 <= depth) {
-        store(to, load(from + k));
-        store(to + 16, load(from + k + 16));
-      } else {
-        store(to, load_n(from + k, lanes(depth - k)));
-        store(to + 16, depth - k > 16 ? load_n(from + k + 16, lanes(depth - k - 16)) : zero());
-      }
-    }
-  }
-}
-
-// Columns of a [depth, width] matrix -> one tile [depth][kRows]. Each store spills over into the next step of depth, which comes later:
-// the buffer has 16 floats to spare.
-template <class T>
-inline void pack_tile_columns(const T* from, int64_t width, int64_t left, int64_t depth, float* out) {
-  int64_t k = 0;
-  for (; k < depth; ++k) store(out + k * kRows, left >= 16 ? load(from + k * width) : load_n(from + k * width, lanes(left)));
-  for (; k % 32 != 0; ++k) store(out + k * kRows, zero());
-}
-
-// A block at the edge: its `rows` x `steps` elements (at most 16 x 32 of them), the rest zeros.
-template <class T>
-inline void pad_block(const T* from, int64_t stride, int64_t rows, int64_t steps, T* out) {
-  std::memset(out, 0, 16 * 32 * sizeof(T));
-  for (int64_t i = 0; i < least(rows, 16); ++i) {
-    std::memcpy(out + i * 32, from + i * stride, static_cast<size_t>(least(steps, 32)) * sizeof(T));
-  }
-}
-
-// Rows [0, n) of w, contiguous in depth -> a panel [depth][kCols].
-template <class T>
-inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t depth, float* out) {
-  for (int64_t k = 0; k < depth; k += 32) {
-    for (int64_t j = 0; j < kCols; j += 16) {
-      const T* block = from + j * stride + k;
-      float* to = out + k * kCols + j;
-      if (j + 16 <= n && k + 32 <= depth) {
-        transpose_16x32(block, stride, to, kCols);
-        continue;
-      }
-      alignas(64) T padded[16 * 32];
-      pad_block(block, stride, n - j, depth - k, padded);
-      transpose_16x32(padded, 32, to, kCols);
-    }
-  }
-}
-
-// Columns [0, n) of a matrix whose rows are steps of depth -> a panel [depth][kCols]. `row(k)` is where step k's columns begin.
-template <class T, class Row>
-inline void pack_panel_columns(Row row, int64_t n, int64_t depth, float* out) {
-  int64_t k = 0;
-  for (; k < depth; ++k, out += kCols) {
-    const T* from = row(k);
-    for (int64_t j = 0; j < kCols; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + kCols + j);
-    for (int64_t j = 0; j < kCols; j += 16) {
-      store(out + j, j + 16 <= n ? load(from + j) : j < n ? load_n(from + j, static_cast<int>(n - j)) : zero());
-    }
-  }
-  for (; k % 32 != 0; ++k, out += kCols) {
-    for (int64_t j = 0; j < kCols; j += 16) store(out + j, zero());
-  }
-}
-
-// Up to kRows rows (one tile, packed over all depth) @ rows of w, 16 at a time and without packing them: c [rows][ldc].
-template <int rows, class T>
-inline void tile_times_rows(const float* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c, int64_t ldc) {
-  for (int64_t j = 0; j < cols; j += 16) {
-    V16 sum[rows];
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) sum[i] = zero();
-    for (int64_t k = 0; k < depth; k += 32) {
-      const T* block = w + j * stride + k;
-      if (j + 16 <= cols && k + 32 <= depth) {
-        dot_16x32<rows>(block, stride, tile + k * kRows, sum);
-      } else {
-        alignas(64) T padded[16 * 32];
-        pad_block(block, stride, cols - j, depth - k, padded);
-        dot_16x32<rows>(padded, 32, tile + k * kRows, sum);
-      }
-    }
-    for (int i = 0; i < rows; ++i) store(c + i * ldc + j, sum[i]);
-  }
-}
-
-template <class T, int rows = kRows>
-inline void tile_times_rows_n(int64_t n, const float* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c,
-                              int64_t ldc) {
-  if constexpr (rows > 1) {
-    if (n < rows) return tile_times_rows_n<T, rows - 1>(n, tile, w, stride, cols, depth, c, ldc);
-  }
-  tile_times_rows<rows>(tile, w, stride, cols, depth, c, ldc);
-}
-
 // The three ops as the driver sees them: `rows(e)` x `width()` results per expert over `depth(e)`; the columns come in `halves` parts.
 template <class T>
 struct Forward {
   const GroupedGemmParams& p;
-  static constexpr bool kDepthMajor = false, kPanelRows = true;
+  using Layout = PackedRows;
+  static constexpr bool kPanelRows = true;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
   int64_t width() const { return p.silu_mul ? p.N / 2 : p.N; }
@@ -207,7 +55,8 @@ struct Forward {
 template <class T>
 struct Dgrad {
   const GroupedGemmDgradParams& p;
-  static constexpr bool kDepthMajor = false, kPanelRows = false;
+  using Layout = PackedRows;
+  static constexpr bool kPanelRows = false;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
   int64_t width() const { return p.K; }
@@ -230,7 +79,8 @@ struct Dgrad {
 template <class T>
 struct Wgrad {
   const GroupedGemmWgradParams& p;
-  static constexpr bool kDepthMajor = true, kPanelRows = false;
+  using Layout = PackedColumns;
+  static constexpr bool kPanelRows = false;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.accumulate && depth(e) == 0 ? 0 : p.N; }
   int64_t width() const { return p.K; }
@@ -310,8 +160,8 @@ void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64
         const int64_t now = least(kDepth, steps - k);
         op.pack_cols(e, half, col0 + col, least(kCols, cols - col), k0 + k, now, panel);
         for (int64_t t = 0; t < tiles; ++t) {
-          tile_times_panel_n<Op::kDepthMajor>(rows - t * kRows, packed + t * kRows * padded + k * kRows, panel,
-                                              c + t * kRows * ldc + j * kCols, ldc, now);
+          tile_times_panel_n<typename Op::Layout>(rows - t * kRows, packed + t * kRows * padded + k * kRows, panel,
+                                                  c + t * kRows * ldc + j * kCols, ldc, now);
         }
       }
     }

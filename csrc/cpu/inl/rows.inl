@@ -1,9 +1,7 @@
 // What kernels that walk rows of model dtype share: masked tails, rounding to the storage type, splitting rows into work items.
 // Included after vec.h, inside its anonymous namespace.
 #pragma once
-
-// Lanes that are left of a row, at most sixteen.
-inline int lanes(int64_t left) { return left < 16 ? static_cast<int>(left) : 16; }
+#include "cpu/inl/sizes.inl"
 
 inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 

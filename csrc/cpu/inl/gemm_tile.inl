@@ -1,0 +1,172 @@
+// The GEMM tree on a tile of rows and a panel of columns, and how both are packed: what grouped_gemm and attention are made of.
+// Included after vec.h and transpose.h, inside their anonymous namespace; the ISA sets kRows x kVecs: accumulators 2 * kRows * kVecs
+// (even and odd chain) + kVecs + 1 must fit the vector registers.
+#pragma once
+#include "cpu/inl/sizes.inl"
+
+constexpr int kCols = 16 * kVecs;
+constexpr int64_t kDepth = 128;  // a panel of kDepth x kCols fp32 (16 KB at 32 columns) stays in a 32 KB L1
+
+// Where a tile's elements are: row i, step k of a block of 32 at i * row + k * depth; the next block of 32 steps is `block` further on.
+struct PackedRows {  // [depth / 32][kRows][32], from pack_tile
+  static constexpr int row = 32, depth = 1, block = 32 * kRows;
+};
+struct PackedColumns {  // [depth][kRows], from pack_tile_columns
+  static constexpr int row = 1, depth = kRows, block = 32 * kRows;
+};
+
+// One step of depth: chain[i][j] += row i's element * the panel's vector j.
+template <int rows, class Layout>
+[[gnu::always_inline]] inline void tile_step(const float* a, const float* b, V16 (&chain)[rows][kVecs]) {
+  V16 panel[kVecs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) panel[j] = load(b + 16 * j);
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    const V16 row = set1(a[i * Layout::row]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) chain[i][j] = fma(row, panel[j], chain[i][j]);
+  }
+}
+
+// c[rows][kCols] += a tile @ a panel [depth][kCols]. A last block of fewer than 32 steps ends early: the steps of zeros that it lacks
+// would do no more than turn a chain of -0 into +0, which adding +0 does too.
+template <int rows, class Layout>
+inline void tile_times_panel(const float* a, const float* b, float* c, int64_t ldc, int64_t depth) {
+  for (; depth > 0; depth -= 32, a += Layout::block, b += 32 * kCols) {
+    const int steps = depth < 32 ? static_cast<int>(depth) : 32;
+    V16 even[rows][kVecs], odd[rows][kVecs];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) even[i][j] = odd[i][j] = zero();
+    }
+    int k = 0;
+    for (; k + 1 < steps; k += 2) {
+      tile_step<rows, Layout>(a + k * Layout::depth, b + k * kCols, even);
+      tile_step<rows, Layout>(a + (k + 1) * Layout::depth, b + (k + 1) * kCols, odd);
+    }
+    if (k < steps) tile_step<rows, Layout>(a + k * Layout::depth, b + k * kCols, even);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        if (steps < 32) {
+          even[i][j] = add(even[i][j], zero());
+          odd[i][j] = add(odd[i][j], zero());
+        }
+        float* at = c + i * ldc + 16 * j;
+        store(at, add(load(at), add(even[i][j], odd[i][j])));
+      }
+    }
+  }
+}
+
+// The first n rows of a tile, 1 <= n; a tile has at most kRows.
+template <class Layout, int rows = kRows>
+inline void tile_times_panel_n(int64_t n, const float* a, const float* b, float* c, int64_t ldc, int64_t depth) {
+  if constexpr (rows > 1) {
+    if (n < rows) return tile_times_panel_n<Layout, rows - 1>(n, a, b, c, ldc, depth);
+  }
+  tile_times_panel<rows, Layout>(a, b, c, ldc, depth);
+}
+
+// Rows of T that are contiguous in depth -> one tile [depth / 32][kRows][32]. `row(i)` is where row i's depth begins.
+template <class T, class Row>
+inline void pack_tile(Row row, int64_t rows, int64_t depth, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = row(i);
+    float* to = out + i * 32;
+    for (int64_t k = 0; k < depth; k += 32, to += 32 * kRows) {
+      if (k + 32 <= depth) {
+        store(to, load(from + k));
+        store(to + 16, load(from + k + 16));
+      } else {
+        store(to, load_n(from + k, lanes(depth - k)));
+        store(to + 16, depth - k > 16 ? load_n(from + k + 16, lanes(depth - k - 16)) : zero());
+      }
+    }
+  }
+}
+
+// Columns of a [depth, width] matrix -> one tile [depth][kRows]. Each store spills over into the next step of depth, which comes later:
+// the buffer has 16 floats to spare.
+template <class T>
+inline void pack_tile_columns(const T* from, int64_t width, int64_t left, int64_t depth, float* out) {
+  int64_t k = 0;
+  for (; k < depth; ++k) store(out + k * kRows, left >= 16 ? load(from + k * width) : load_n(from + k * width, lanes(left)));
+  for (; k % 32 != 0; ++k) store(out + k * kRows, zero());
+}
+
+// A block at the edge: its `rows` x `steps` elements (at most 16 x 32 of them), the rest zeros.
+template <class T>
+inline void pad_block(const T* from, int64_t stride, int64_t rows, int64_t steps, T* out) {
+  std::memset(out, 0, 16 * 32 * sizeof(T));
+  for (int64_t i = 0; i < least(rows, 16); ++i) {
+    std::memcpy(out + i * 32, from + i * stride, static_cast<size_t>(least(steps, 32)) * sizeof(T));
+  }
+}
+
+// Rows [0, n) of w, contiguous in depth -> a panel [depth][kCols].
+template <class T>
+inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t depth, float* out) {
+  for (int64_t k = 0; k < depth; k += 32) {
+    for (int64_t j = 0; j < kCols; j += 16) {
+      const T* block = from + j * stride + k;
+      float* to = out + k * kCols + j;
+      if (j + 16 <= n && k + 32 <= depth) {
+        transpose_16x32(block, stride, to, kCols);
+        continue;
+      }
+      alignas(64) T padded[16 * 32];
+      pad_block(block, stride, n - j, depth - k, padded);
+      transpose_16x32(padded, 32, to, kCols);
+    }
+  }
+}
+
+// Columns [0, n) of a matrix whose rows are steps of depth -> a panel [depth][kCols]. `row(k)` is where step k's columns begin.
+template <class T, class Row>
+inline void pack_panel_columns(Row row, int64_t n, int64_t depth, float* out) {
+  int64_t k = 0;
+  for (; k < depth; ++k, out += kCols) {
+    const T* from = row(k);
+    for (int64_t j = 0; j < kCols; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + kCols + j);
+    for (int64_t j = 0; j < kCols; j += 16) {
+      store(out + j, j + 16 <= n ? load(from + j) : j < n ? load_n(from + j, static_cast<int>(n - j)) : zero());
+    }
+  }
+  for (; k % 32 != 0; ++k, out += kCols) {
+    for (int64_t j = 0; j < kCols; j += 16) store(out + j, zero());
+  }
+}
+
+// Up to kRows rows (one tile, packed over all depth) @ rows of w, 16 at a time and without packing them: c [rows][ldc].
+template <int rows, class T>
+inline void tile_times_rows(const float* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c, int64_t ldc) {
+  for (int64_t j = 0; j < cols; j += 16) {
+    V16 sum[rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) sum[i] = zero();
+    for (int64_t k = 0; k < depth; k += 32) {
+      const T* block = w + j * stride + k;
+      if (j + 16 <= cols && k + 32 <= depth) {
+        dot_16x32<rows>(block, stride, tile + k * kRows, sum);
+      } else {
+        alignas(64) T padded[16 * 32];
+        pad_block(block, stride, cols - j, depth - k, padded);
+        dot_16x32<rows>(padded, 32, tile + k * kRows, sum);
+      }
+    }
+    for (int i = 0; i < rows; ++i) store(c + i * ldc + j, sum[i]);
+  }
+}
+
+template <class T, int rows = kRows>
+inline void tile_times_rows_n(int64_t n, const float* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c,
+                              int64_t ldc) {
+  if constexpr (rows > 1) {
+    if (n < rows) return tile_times_rows_n<T, rows - 1>(n, tile, w, stride, cols, depth, c, ldc);
+  }
+  tile_times_rows<rows>(tile, w, stride, cols, depth, c, ldc);
+}
