@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": "train a small GLM on this machine's Python sources and complete a prompt",
     "pretrain": "train a model from a TOML file",
     "generate": "complete a prompt with a checkpoint",
+    "serve": "serve a checkpoint over HTTP, as OpenAI's API",
 }
 
 
