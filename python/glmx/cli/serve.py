@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds to finish requests in on SIGTERM (default 30)",
     )
+    add("--check-weights", action="store_true", help="refuse weights with NaN or infinity in them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--dtype", default="auto", help="auto, bf16 or fp32 (default auto: the checkpoint's)")
 
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             max_model_len=args.max_model_len,
             max_num_seqs=args.max_num_seqs,
+            check_finite=args.check_weights,
         )
         worker = Worker(llm)
         worker.start()

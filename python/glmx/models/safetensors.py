@@ -2,7 +2,7 @@
 
 The format: 8 bytes, little-endian, the length of the header; the header, a JSON object from tensor name to dtype,
 shape and byte range in the data; the data, every byte of it in one tensor
-(https://github.com/huggingface/safetensors, "Format"). Everything here is decided from the header and the file's
+(huggingface/safetensors, "Format"). Everything here is decided from the header and the file's
 size; no tensor is read and nothing of a tensor's size is allocated.
 """
 
