@@ -202,6 +202,37 @@ def test_chat_template_runs_in_a_sandbox(tok):
         Tokenizer(tok.hf).apply_chat_template([])
 
 
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ range(10000000) }}", "OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_fails_is_the_messages_error(tok, template, words):
+    with pytest.raises(ValueError, match=f"^messages: the chat template fails on them: {words}"):
+        Tokenizer(tok.hf, chat_template=template).apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_a_template_that_is_none_is_the_checkpoints_error(tok):
+    with pytest.raises(CheckpointError, match="chat_template.jinja"):
+        Tokenizer(tok.hf, chat_template="{% if %}").apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_variables_reach_the_template(tok):
+    mine = Tokenizer(tok.hf, chat_template="{{ eos_token }} {{ effort }}")
+    assert mine.apply_chat_template([], effort="high") == "<|endoftext|> high"
+    assert mine.apply_chat_template([], effort="low", eos_token="end") == "end low"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_text_that_is_not_unicode_is_named(tok, special):
+    with pytest.raises(ValueError, match=r"lone surrogate U\+DCE9 at 3"):
+        tok.encode("caf\udce9", allow_special=special)
+
+
 def test_broken_directories_are_named(tok, tmp_path):
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         Tokenizer.from_dir(tmp_path)

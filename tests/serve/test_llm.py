@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 import glmx
 from glmx.cli import main as cli
 from glmx.data import tokenizer as tokenizers
-from glmx.errors import CheckpointError
+from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models import checkpoint
 from glmx.reference.sample import sample
 from tiny_glm import random_ids, random_model, tiny_config
@@ -102,6 +104,7 @@ def test_logprobs(llm):
         for i, logprob in found.items():
             assert logprob.logprob == pytest.approx(float(row[i]), abs=1e-4)
             assert logprob.rank == 1 + int((row > row[i]).sum())
+            assert logprob.decoded_token == (llm.tokenizer.decode([i]) if i < llm.tokenizer.vocab_size else "")
     assert out.cumulative_logprob == pytest.approx(
         sum(float(r[t]) for r, t in zip(expected, out.token_ids, strict=True)), abs=1e-3
     )
@@ -116,6 +119,87 @@ def test_stop_ids_end_the_text(llm):
     end = ids.index(stop) + 1
     assert out.token_ids == ids[:end] and out.finish_reason == "stop" and out.stop_reason == stop
     assert out.text == llm.tokenizer.decode([i for i in ids[: end - 1] if i < llm.tokenizer.vocab_size])
+
+
+def test_stop_strings_end_the_text(llm):
+    """Whatever part of the text is the stop string: it ends there, streamed or not, and so does the work."""
+    free = glmx.SamplingParams(temperature=1.3, seed=5, max_tokens=40, ignore_eos=True)
+    full = llm.generate("class Café", free)[0].outputs[0]
+    assert len(full.text) > 20 and full.stop_reason is None
+    for start in range(0, 20, 3):
+        stop = full.text[start : start + 4]
+        for include in (False, True):
+            params = dataclasses.replace(
+                free, stop=["never found", stop], include_stop_str_in_output=include, logprobs=0
+            )
+            *pieces, out = llm.stream("class Café", params)
+            end = full.text.index(stop) + (len(stop) if include else 0)
+            assert "".join(pieces) == out.outputs[0].text == full.text[:end]
+            (again,) = llm.generate(["class Café"], params)
+            assert again.outputs[0].text == full.text[:end]
+            for one in (out.outputs[0], again.outputs[0]):
+                assert (one.finish_reason, one.stop_reason) == ("stop", stop)
+                count = len(one.token_ids)
+                assert one.token_ids == full.token_ids[:count] and len(one.logprobs) == count
+                assert stop in llm.tokenizer.decode(one.token_ids[:count], skip_special_tokens=True)
+                assert stop not in llm.tokenizer.decode(one.token_ids[: count - 1], skip_special_tokens=True)
+
+
+def test_a_stop_string_that_is_only_begun_is_text(llm):
+    free = glmx.SamplingParams(temperature=1.3, seed=5, max_tokens=40, ignore_eos=True)
+    text = llm.generate("class Café", free)[0].outputs[0].text
+    *pieces, out = llm.stream("class Café", dataclasses.replace(free, stop=text[-3:] + "never"))
+    assert "".join(pieces) == out.outputs[0].text == text
+    assert (out.outputs[0].finish_reason, out.outputs[0].stop_reason) == ("length", None)
+
+
+def test_streams_may_be_interleaved(llm):
+    params = [glmx.SamplingParams(temperature=1.3, seed=s, max_tokens=20, ignore_eos=True) for s in (5, 6)]
+    expected = [llm.generate("def", one)[0].outputs[0] for one in params]
+    first, second = (llm.stream("def", one) for one in params)
+    next(first)
+    *pieces, out = second
+    assert "".join(pieces) == out.outputs[0].text == expected[1].text
+    *pieces, out = first
+    assert out.outputs[0].token_ids == expected[0].token_ids
+    left = llm.stream("def", params[0])
+    next(left)
+    left.close()
+    assert not llm.engine.has_work and llm.engine.state.lengths == [0, 0, 0]
+
+
+def test_chat(llm):
+    messages = [{"role": "user", "content": "def add(first"}]
+    params = glmx.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    text = "[gMASK]<sop><|user|>\ndef add(first<|assistant|>"
+    (out,) = llm.chat(messages, params)
+    assert out.prompt_token_ids == llm.tokenizer.encode(text)
+    assert out.outputs[0] == llm.generate([text], params)[0].outputs[0]
+    quiet, loud = llm.chat([messages, messages[:1]], params, chat_template_kwargs={"enable_thinking": False})
+    assert (
+        quiet.prompt_token_ids
+        == loud.prompt_token_ids
+        == llm.encode_chat(messages, chat_template_kwargs={"enable_thinking": False})
+    )
+    assert llm.tokenizer.decode(quiet.prompt_token_ids).endswith("/nothink<|assistant|>\n<think></think>")
+    (open_,) = llm.chat(messages, params, add_generation_prompt=False)
+    assert llm.tokenizer.decode(open_.prompt_token_ids) == "[gMASK]<sop><|user|>\ndef add(first"
+
+
+@pytest.mark.parametrize(
+    "messages, options, words",
+    [
+        ([], {}, "messages: expected a list of at least one"),
+        ([[]], {}, "messages: expected a list of at least one"),
+        (["hi"], {}, "messages: expected a list of at least one"),
+        ([{"role": "robot", "content": "hi"}], {}, "unknown role robot"),
+        ([{"role": "assistant", "content": "x", "tool_calls": 5}], {}, "the chat template fails on them: TypeError"),
+        ([{"role": "user", "content": "hi"}], {"tools": []}, "chat_template_kwargs has 'tools'"),
+    ],
+)
+def test_bad_chats(llm, messages, options, words):
+    with pytest.raises(ValueError, match=words):
+        llm.chat(messages, glmx.SamplingParams(max_tokens=1), chat_template_kwargs=options)
 
 
 def test_text_prompts_begin_with_the_models_prefix(llm):
@@ -163,11 +247,48 @@ def test_bad_requests_leave_the_engine_usable(llm, arguments, error, words):
 @pytest.mark.parametrize(
     "field, value",
     [("max_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1),
-     ("top_k", -2), ("logprobs", -1)],
+     ("temperature", 1e-46), ("temperature", float("inf")), ("top_k", -2), ("logprobs", -1), ("stop", ""),
+     ("stop", ["a", ""])],
 )  # fmt: skip
 def test_sampling_params_are_checked(field, value):
-    with pytest.raises(ValueError, match=f"{field} is {value}"):
+    with pytest.raises(ValueError, match=re.escape(f"{field} is {value!r}")):
         glmx.SamplingParams(**{field: value})
+
+
+def test_stop_is_text_and_not_too_much_of_it():
+    assert glmx.SamplingParams(stop="ab").stop == ("ab",) and glmx.SamplingParams(stop=["a"] * 16).stop == ("a",) * 16
+    with pytest.raises(ValueError, match="stop has 17 strings, expected at most 16"):
+        glmx.SamplingParams(stop=["a"] * 17)
+    with pytest.raises(TypeError, match=r"stop is \[5\]"):
+        glmx.SamplingParams(stop=[5])
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+def test_extreme_temperatures_sample_what_they_say(llm, temperature):
+    """The coldest is greedy; the hottest draws evenly, so in 40 draws of 304 no token comes ten times."""
+    prompt = prompts(llm, 2)[1]
+    params = glmx.SamplingParams(temperature=temperature, seed=1, max_tokens=40, ignore_eos=True)
+    ids = llm.generate([prompt], params)[0].outputs[0].token_ids
+    if temperature < 1:
+        assert ids == plain_greedy(llm.model, prompt, 40)
+    else:
+        assert max(ids.count(i) for i in ids) < 10
+
+
+def test_an_absurd_top_k_keeps_all(llm):
+    wide, plain = (glmx.SamplingParams(temperature=1.5, seed=3, top_k=k, max_tokens=8) for k in (10**30, 0))
+    prompt = prompts(llm, 1)
+    assert llm.generate(prompt, wide)[0].outputs[0].token_ids == llm.generate(prompt, plain)[0].outputs[0].token_ids
+
+
+def test_a_failed_forward_is_raised_and_leaves_the_engine_usable(llm, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model, "forward_tokens", lambda *_: 1 / 0)
+        for run in (lambda: llm.generate([[1, 2], [3, 4]]), lambda: list(llm.stream([1, 2]))):
+            with pytest.raises(ZeroDivisionError):
+                run()
+            assert not llm.engine.has_work and llm.engine.state.lengths == [0, 0, 0]
+    assert len(llm.generate([[1, 2]], glmx.SamplingParams(max_tokens=1))) == 1
 
 
 def test_without_a_tokenizer(directory, tmp_path):
@@ -177,6 +298,12 @@ def test_without_a_tokenizer(directory, tmp_path):
     assert out.text == "" and out.token_ids
     with pytest.raises(CheckpointError, match="no tokenizer.json"):
         llm.generate("text")
+    with pytest.raises(CheckpointError, match="no tokenizer.json"):
+        llm.chat([{"role": "user", "content": "text"}])
+    with pytest.raises(UnsupportedError, match=r"stop is \('x',\), but .* no tokenizer.json: use stop_token_ids"):
+        llm.generate([[1, 2]], glmx.SamplingParams(stop="x"))
+    (found,) = llm.generate([[1, 2]], glmx.SamplingParams(logprobs=1, max_tokens=1))[0].outputs[0].logprobs
+    assert {logprob.decoded_token for logprob in found.values()} == {None}
 
 
 # glmx generate

@@ -208,8 +208,15 @@ class Tokenizer:
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """The ids of `text`, nothing added. `allow_special=False` reads `<|user|>` and the like as ordinary
-        text."""
-        return (self.hf if allow_special else self._plain).encode(text, add_special_tokens=False).ids
+        text. Raises ValueError for text that no UTF-8 can hold (a lone surrogate)."""
+        try:
+            return (self.hf if allow_special else self._plain).encode(text, add_special_tokens=False).ids
+        except TypeError as e:  # all that the library says is "must be str"
+            wrong = [(place, c) for place, c in enumerate(text) if "\ud800" <= c <= "\udfff"]
+            if not wrong:
+                raise
+            place, c = wrong[0]
+            raise ValueError(f"the text is not valid Unicode: lone surrogate U+{ord(c):04X} at {place}") from e
 
     def encode_document(self, text: str) -> list[int]:
         """A training document: `prefix_ids`, the text (special tokens' names as ordinary text), `eos_id`."""
@@ -277,7 +284,8 @@ class Tokenizer:
         """The text of a chat, by the checkpoint's own template, rendered in jinja's immutable sandbox.
 
         `enable_thinking=None` leaves it undefined, which a template may tell from True. Raises
-        UnsupportedError without a template, ValueError when the template refuses the messages.
+        UnsupportedError without a template, CheckpointError for a template that is none, ValueError when it
+        refuses the messages or fails on them.
         """
         if self.chat_template is None:
             raise UnsupportedError("this checkpoint has no chat template (chat_template.jinja); give a plain prompt")
@@ -285,17 +293,19 @@ class Tokenizer:
             variables["enable_thinking"] = enable_thinking
         import jinja2
 
+        template = self._template
+        tokens = {"eos_token": self.eos_token, "pad_token": self.eos_token}
         try:
-            return self._template.render(
+            return template.render(
                 messages=list(messages),
                 tools=list(tools) if tools else None,
                 add_generation_prompt=add_generation_prompt,
-                eos_token=self.eos_token,
-                pad_token=self.eos_token,
-                **variables,
+                **(tokens | variables),
             )
         except jinja2.TemplateError as e:
             raise ValueError(f"messages: the chat template refuses them: {e}") from e
+        except Exception as e:  # a template is a program: what it adds, divides or iterates over may be anything
+            raise ValueError(f"messages: the chat template fails on them: {type(e).__name__}: {e}") from e
 
     @cached_property
     def _template(self) -> Any:
