@@ -157,11 +157,11 @@ def test_streams_may_be_interleaved(llm):
     params = [glmx.SamplingParams(temperature=1.3, seed=s, max_tokens=20, ignore_eos=True) for s in (5, 6)]
     expected = [llm.generate("def", one)[0].outputs[0] for one in params]
     first, second = (llm.stream("def", one) for one in params)
-    next(first)
+    begun = next(first)
     *pieces, out = second
     assert "".join(pieces) == out.outputs[0].text == expected[1].text
-    *pieces, out = first
-    assert out.outputs[0].token_ids == expected[0].token_ids
+    assert "".join([begun, *(pieces := list(first))[:-1]]) == expected[0].text
+    assert pieces[-1].outputs[0].token_ids == expected[0].token_ids
     left = llm.stream("def", params[0])
     next(left)
     left.close()
@@ -232,6 +232,7 @@ def test_the_context_ends_a_generation(directory):
         (([[]],), ValueError, "is empty"),
         (([[1, 304]],), ValueError, r"304 is outside the vocabulary 0\.\.303"),
         (([[-1]],), ValueError, "-1 is outside"),
+        (([[1, 2], [-1]],), ValueError, "-1 is outside"),
         (([1.5],), TypeError, "a prompt is a float"),
         ((["a", "b"], [glmx.SamplingParams()]), ValueError, "1 sampling_params for 2 prompts"),
         (([[1]], glmx.SamplingParams(logprobs=305)), ValueError, "logprobs is 305"),

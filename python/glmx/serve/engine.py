@@ -177,7 +177,7 @@ class Engine:
                 seeds=[request.seed for request in batch],
                 positions=[request.num_tokens for request in batch],
                 temperature=[request.params.temperature for request in batch],
-                top_k=[min(max(request.params.top_k, 0), logits_BV.shape[1]) for request in batch],
+                top_k=[max(request.params.top_k, 0) for request in batch],
                 top_p=[request.params.top_p for request in batch],
             )
             logprobs = self._logprobs(batch, hidden_BH, logits_BV, ids_B)

@@ -123,11 +123,13 @@ class LLM:
         shown = 0
         try:
             self.engine.add(request)
-            while not request.finished:
-                self.engine.step()
-                pieces, shown = request.pieces[shown:], len(request.pieces)
+            # Another generation in between may have advanced this one too: what counts is what was not yet shown.
+            while shown < len(request.pieces) or not request.finished:
+                if shown == len(request.pieces):
+                    self.engine.step()
                 if request.error is not None:
                     raise request.error
+                pieces, shown = request.pieces[shown:], len(request.pieces)
                 if self.tokenizer is not None:
                     yield "".join(pieces)
         finally:
