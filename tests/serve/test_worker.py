@@ -17,6 +17,7 @@ from tiny_glm import random_ids, random_model, tiny_config
 
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Café:\n    pass\n" * 4
 WAIT_S = 60  # until a deadlock is called one; nothing here depends on speed
+HOURS = 3600  # a drain that has nothing to wait for must not use its time up
 SLOTS = 2
 
 
@@ -46,8 +47,18 @@ def worker(llm):
     worker = Worker(llm, max_waiting=3)
     worker.start()
     yield worker
-    worker.drain(0)
+    finish(worker, 0)
     assert not llm.engine.has_work and llm.engine.state.lengths == [0] * SLOTS and llm.engine.owner is None
+
+
+def finish(worker, timeout_s=HOURS):
+    """drain; a worker that does not end fails the test instead of hanging it."""
+    result = []
+    thread = threading.Thread(target=lambda: result.append(worker.drain(timeout_s)), daemon=True)
+    thread.start()
+    thread.join(2 * WAIT_S)
+    assert result, "the worker does not end"
+    return result[0]
 
 
 class Deltas:
@@ -126,7 +137,7 @@ def test_many_threads_at_once(directory, alone):
 
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(client, work))
-    assert worker.drain(WAIT_S) and found == [alone(*one).token_ids for one in work]
+    assert finish(worker) and found == [alone(*one).token_ids for one in work]
 
 
 def test_first_come_first_served_and_a_full_queue(llm, worker):
@@ -142,7 +153,7 @@ def test_first_come_first_served_and_a_full_queue(llm, worker):
     with pytest.raises(QueueFullError, match="3 requests wait already, at most 3 may"):
         worker.submit([1, 2], params(), client(3))
     first.go.set()
-    assert worker.drain(WAIT_S) and order == [0, 1, 2]
+    assert finish(worker) and order == [0, 1, 2]
 
 
 def test_a_cancelled_job_that_waits_never_reaches_the_engine(llm, worker, monkeypatch):
@@ -189,7 +200,7 @@ def test_no_delta_comes_after_cancel_has_returned(llm, worker):
     assert not cancelled.wait(0.05)  # may miss a fault, never invents one
     deltas.go.set()
     thread.join(WAIT_S)
-    assert cancelled.is_set() and worker.drain(WAIT_S) and len(deltas.all) == 1
+    assert cancelled.is_set() and finish(worker) and len(deltas.all) == 1
 
 
 def test_what_cannot_run_is_refused_at_once(llm, worker):
@@ -295,7 +306,7 @@ def test_a_dead_thread_tells_everybody(llm, monkeypatch):
     monkeypatch.setattr(worker, "_next_turn", lambda: 1 / 0)
     deltas.go.set()
     assert [one.wait().error for one in [deltas, *waiting]] == ["the engine has stopped"] * 4
-    assert not worker.drain(WAIT_S) and not worker.alive and not llm.engine.has_work
+    assert not finish(worker) and not worker.alive and not llm.engine.has_work
     with pytest.raises(ShuttingDownError):
         worker.submit([1, 2], params(), print)
 
@@ -306,7 +317,7 @@ def test_drain_lets_all_jobs_end(llm, worker):
     for deltas in jobs:
         worker.submit([1, 2], params(), deltas)
     drained = []
-    thread = threading.Thread(target=lambda: drained.append(worker.drain(WAIT_S)))
+    thread = threading.Thread(target=lambda: drained.append(worker.drain(HOURS)), daemon=True)
     thread.start()
     with worker._changed:
         assert worker._changed.wait_for(lambda: worker._draining, WAIT_S)
@@ -344,7 +355,7 @@ def test_the_engine_is_the_workers_alone(llm, worker):
         Worker(llm).start()
     with pytest.raises(RuntimeError, match="started before"):
         worker.start()
-    worker.drain(WAIT_S)
+    finish(worker)
     assert len(llm.generate([[1, 2]], params())[0].outputs[0].token_ids) == 12
     with pytest.raises(ShuttingDownError):
         Worker(llm).submit([1, 2], params(), print)
