@@ -73,10 +73,7 @@ class Api:
     # -- routes
 
     async def health(self, request: HttpRequest) -> Response:
-        if self.draining:
-            raise shutting_down()
-        if not self.worker.alive:
-            raise ApiError(503, "the engine has stopped", type="server_error", code="engine_stopped")
+        self._check_running()
         return _json({"status": "ok", "running": self.worker.running, "waiting": self.worker.waiting})
 
     async def models(self, request: HttpRequest) -> Response:
@@ -104,6 +101,12 @@ class Api:
             "owned_by": "glmx",
             "max_model_len": self.llm.engine.max_model_len,
         }
+
+    def _check_running(self) -> None:
+        if self.draining:
+            raise _shutting_down()
+        if not self.worker.alive:
+            raise ApiError(503, "the engine has stopped", type="server_error", code="engine_stopped")
 
     def _check_model(self, name: str) -> None:
         if name != self.model:
@@ -143,8 +146,7 @@ class Api:
         request: HttpRequest,
         prompts: Callable[[], list[list[int]]],
     ) -> Response:
-        if self.draining:
-            raise shutting_down()
+        self._check_running()
         deltas = _Deltas(self.worker)
         try:
             ids = await asyncio.to_thread(self._submit, deltas, kind, asked, prompts)
@@ -192,7 +194,7 @@ class Api:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             raise ApiError(429, str(error), type="rate_limit_error", code="queue_full", headers=headers) from None
         except ShuttingDownError:
-            raise shutting_down() from None
+            raise _shutting_down() from None
         except (GlmxError, ValueError, TypeError) as error:
             raise bad_request(" ".join(str(error).split()), prompt_param) from None
         return all_ids
@@ -345,7 +347,7 @@ def _too_long(error: ContextLengthError, param: str) -> ApiError:
     return bad_request(message, param, "context_length_exceeded")
 
 
-def shutting_down() -> ApiError:
+def _shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", type="server_error", code="shutting_down")
 
 

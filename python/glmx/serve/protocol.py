@@ -262,7 +262,7 @@ def _known_only(
         if name in known:
             kept[name] = value
         elif name not in unsupported:
-            near = difflib.get_close_matches(name, [*known, *ignored, *unsupported], n=1, cutoff=0.0)
+            near = difflib.get_close_matches(name[:64], [*known, *ignored, *unsupported], n=1, cutoff=0.0)
             shown = where + name[:64]
             raise bad_request(f"unknown field '{shown}': did you mean '{near[0]}'?", shown)
         elif not any(value == neutral and type(value) is not bool or value is neutral for neutral in unsupported[name]):
@@ -293,7 +293,10 @@ def _first_word(message: str, names: dict[str, Any]) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    text = msgspec.json.encode(value).decode()
+    try:
+        text = msgspec.json.encode(value).decode()
+    except RecursionError:
+        return "nested too deeply"
     return text if len(text) <= 64 else f"{text[:60]} ..."
 
 

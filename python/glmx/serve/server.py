@@ -100,20 +100,21 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal handler, on the main thread between two steps of the event loop."""
+        """A signal handler: on the main thread, between any two of its instructions."""
+        name = signal.Signals(sig).name
         if self.api.draining:
-            _say(f"{signal.Signals(sig).name}: stopping at once")
+            _say(f"{name}: stopping at once")
             os._exit(128 + sig)
         self.api.draining = True
+        threading.Thread(target=self._drain, args=(name,), daemon=True).start()
+
+    def _drain(self, name: str) -> None:
         worker = self.api.worker
         left = worker.running + worker.waiting
         if left:
             what = "1 request" if left == 1 else f"{left} requests"
-            _say(f"{signal.Signals(sig).name}: finishing {what}, at most {self.drain_timeout:g} s")
-        threading.Thread(target=self._drain, daemon=True).start()
-
-    def _drain(self) -> None:
-        if not self.api.worker.drain(self.drain_timeout):
+            _say(f"{name}: finishing {what}, at most {self.drain_timeout:g} s")
+        if not worker.drain(self.drain_timeout):
             self.exit_code = 1
             _say(f"requests were cut off after {self.drain_timeout:g} s")
         self.loop.call_soon_threadsafe(setattr, self, "should_exit", True)
