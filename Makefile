@@ -51,7 +51,7 @@ endif
 
 .venv/.glmx: .venv/.torch pyproject.toml setup.py cmake/glmx_backend.py
 	@echo "== .venv: glmx, in place"
-	$(PIP) install --no-build-isolation --editable '.[train]'
+	$(PIP) install --no-build-isolation --editable '.[train,serve]'
 	@touch $@
 
 .venv/.test: .venv/.glmx

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +88,26 @@ def test_the_url_is_one_that_can_be_opened(host, url):
         pytest.skip("no IPv6 on this machine")
     with listening:
         assert server.url_of(listening) == f"http://{url}:{listening.getsockname()[1]}"
+
+
+def test_the_page_lists_every_option():
+    page = (Path(__file__).resolve().parents[2] / "docs/serve.md").read_text()
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    options = [word for action in parser._actions for word in action.option_strings if word not in ("-h", "--help")]
+    assert len(options) > 10 and [option for option in options if f"`{option}`" not in page] == []
+
+
+def test_no_memory_for_the_cache_is_one_line(monkeypatch, tmp_path, capsys):
+    from glmx.serve import llm
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 6 TB")
+
+    monkeypatch.setattr(llm, "LLM", refuse)
+    (tmp_path / "tokenizer.json").touch()
+    code, _, err = run(capsys, tmp_path, "--port", "0", "--max-num-seqs", "1000000")
+    assert code == 2 and "no memory" in err and "--max-num-seqs 1000000" in err
 
 
 def test_names_and_numbers_of_the_start_up_print(tmp_path):

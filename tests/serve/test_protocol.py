@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmx.serve import protocol
+from glmx.serve import app, protocol
 from glmx.serve.protocol import ApiError, ChatRequest, CompletionRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -203,6 +205,17 @@ def test_bodies_that_are_no_object(body, words):
 def test_deep_nesting_is_a_refusal(depth):
     body = b'{"model": "m", "prompt": "x", "deep": ' + b"[" * depth + b"]" * depth + b"}"
     refusal(lambda: protocol.parse(CompletionRequest, body))
+
+
+def test_the_page_lists_every_field_and_code():
+    page = (Path(__file__).resolve().parents[2] / "docs/serve.md").read_text()
+    sources = [Path(module.__file__).read_text() for module in (protocol, app)]
+    codes = {code for source in sources for code in re.findall(r'code="(\w+)"|, "(context_length_exceeded)"', source)}
+    names = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__, *protocol.ROLES}
+    names |= {*protocol.IGNORED, *protocol.UNSUPPORTED, *(first or second for first, second in codes)}
+    names |= {f"stream_options.{name}" for name in protocol.StreamOptions.__struct_fields__} - {"stream_options"}
+    missing = sorted(name for name in names if f"`{name}`" not in page and name != "stream_options")
+    assert not missing and "context_length_exceeded" in names and len(names) > 50
 
 
 JSON = st.recursive(

@@ -74,14 +74,20 @@ def run(args: argparse.Namespace) -> int:
         from glmx.serve.llm import LLM
         from glmx.serve.worker import Worker
 
-        llm = LLM(
-            directory,
-            device=args.device,
-            dtype=args.dtype,
-            max_model_len=args.max_model_len,
-            max_num_seqs=args.max_num_seqs,
-            check_finite=args.check_weights,
-        )
+        try:
+            llm = LLM(
+                directory,
+                device=args.device,
+                dtype=args.dtype,
+                max_model_len=args.max_model_len,
+                max_num_seqs=args.max_num_seqs,
+                check_finite=args.check_weights,
+            )
+        except RuntimeError as error:  # torch has no type of its own for it on the CPU
+            if "allocate memory" not in str(error):
+                raise
+            asked = f"--max-num-seqs {args.max_num_seqs}"
+            raise ConfigError(f"no memory for a cache of {asked} requests: lower it, or --max-model-len") from None
         worker = Worker(llm)
         worker.start()
         name = args.served_model_name or _name(args.model)
