@@ -22,3 +22,9 @@ TEST(core, levels_contain_each_other) {
   CHECK(glmx::active_isa() <= glmx::machine_isa());
   CHECK(!glmx::cpu_model().empty());
 }
+
+// On an emulated CPU: what the kernels of base are proved by is worth something only if a wider instruction would not run.
+TEST(core, avx2_faults_on_a_base_cpu) {
+  if (glmx::machine_isa() > Isa::base) SKIP("this CPU is more than base");
+  CHECK(test::dies([] { __asm__ volatile("vpaddd %%ymm0, %%ymm0, %%ymm0" ::: "xmm0"); }));
+}

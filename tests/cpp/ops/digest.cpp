@@ -1,7 +1,13 @@
 // Every op over small shapes: buffers of exactly the size that ops.h names, outputs poisoned first and hashed after.
-// Run by CMake under each instruction set and thread count; equal hashes are X1 and X5 without Python. Under ASan, no byte outside.
+// Run by CMake under each instruction set and thread count; equal hashes are X1 and X5 without Python. No byte outside a buffer is touched.
+// tests/test_qemu.py runs it on emulated CPUs, down to plain SSE2.
 //
-//   glmx_ops_digest write|compare FILE THREADS      exit 77: this machine lacks the pinned instruction set
+//   glmx_ops_digest write|compare FILE THREADS [software_fma]     exit 77: this machine lacks the pinned instruction set
+//
+// software_fma: fails if the C library runs std::fma on the FMA unit, so that a run which should not have one proves something.
+#include <dlfcn.h>
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -36,10 +42,29 @@ int g_failures = 0;
 std::map<std::string, uint64_t> g_digests;
 std::set<std::string> g_ops;
 
-// A heap buffer of exactly n bytes: ASan reports the first byte outside it.
+// n bytes. With ASan they lie on the heap. Without, they end where an unmapped page begins: a byte behind them faults whatever the
+// instruction, and ASan does not see the masked loads and stores of AVX2 and AVX-512.
+#ifdef __SANITIZE_ADDRESS__
+uint8_t* allocate(int64_t n) { return new uint8_t[static_cast<size_t>(n)]; }
+void release(uint8_t* data, int64_t) { delete[] data; }
+#else
+constexpr int64_t kPage = 4096;
+int64_t mapped(int64_t n) { return (n + kPage - 1) / kPage * kPage + kPage; }
+
+uint8_t* allocate(int64_t n) {
+  void* pages = mmap(nullptr, static_cast<size_t>(mapped(n)), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  uint8_t* guard = static_cast<uint8_t*>(pages) + mapped(n) - kPage;
+  if (pages == MAP_FAILED || mprotect(guard, kPage, PROT_NONE) != 0) std::abort();
+  return guard - n;
+}
+
+void release(uint8_t* data, int64_t n) { munmap(data + n + kPage - mapped(n), static_cast<size_t>(mapped(n))); }
+#endif
+
+// A buffer of exactly n bytes, poisoned. dtype: what it holds, as far as NaNs matter.
 class Bytes {
  public:
-  explicit Bytes(int64_t n) : data_(new uint8_t[static_cast<size_t>(n)]), size_(n) {
+  explicit Bytes(int64_t n, DType dtype = DType::i32) : data_(allocate(n), Free{n}), size_(n), dtype_(dtype) {
     std::memset(data_.get(), 0xff, static_cast<size_t>(n));
   }
   template <class T>
@@ -49,9 +74,27 @@ class Bytes {
   void* get() const { return data_.get(); }
   int64_t size() const { return size_; }
 
+  // The kernels promise where NaNs stand, not which of the many NaNs they are: all become one.
+  void make_nans_equal() const {
+    for (int64_t i = 0; dtype_ == DType::f32 && i < size_ / 4; ++i) {
+      if (std::isnan(as<float>()[i])) as<uint32_t>()[i] = 0x7fc00000u;
+    }
+    for (int64_t i = 0; dtype_ == DType::bf16 && i < size_ / 2; ++i) {
+      if ((as<uint16_t>()[i] & 0x7fffu) > 0x7f80u) as<uint16_t>()[i] = 0x7fc0u;
+    }
+    for (int64_t i = 0; dtype_ == DType::f64 && i < size_ / 8; ++i) {
+      if (std::isnan(as<double>()[i])) as<uint64_t>()[i] = 0x7ff8000000000000u;
+    }
+  }
+
  private:
-  std::unique_ptr<uint8_t[]> data_;
+  struct Free {
+    int64_t size;
+    void operator()(uint8_t* data) const { release(data, size); }
+  };
+  std::unique_ptr<uint8_t, Free> data_;
   int64_t size_;
+  DType dtype_;
 };
 
 uint64_t g_state = 1;
@@ -62,12 +105,24 @@ uint32_t random_bits() {  // splitmix64
   return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
 }
 
-// Values of both signs over ten binades, with a zero now and then; a bf16 is the upper half of an fp32.
+// Where the exponents of the inputs lie. tiny: products and sums around the smallest normal, and denormals, which are flushed.
+// huge: products and sums that overflow.
+enum class Range { unit, tiny, huge };
+Range g_range = Range::unit;
+const char* range_name() { return g_range == Range::unit ? "unit" : g_range == Range::tiny ? "tiny" : "huge"; }
+
+int random_exponent() {
+  if (g_range == Range::unit) return static_cast<int>(random_bits() % 10) - 5;
+  if (g_range == Range::huge) return static_cast<int>(random_bits() % 16) + 50;
+  const int denormal = -127 - static_cast<int>(random_bits() % 8), small = -67 + static_cast<int>(random_bits() % 12);
+  return random_bits() % 16 == 0 ? denormal : small;
+}
+
+// Values of both signs in the range, with a zero now and then; a bf16 is the upper half of an fp32.
 float random_value() {
   if (random_bits() % 16 == 0) return random_bits() % 2 ? 0.0f : -0.0f;
   const float unit = static_cast<float>(random_bits()) / 4294967296.0f + 0.5f;
-  const int exponent = static_cast<int>(random_bits() % 10) - 5;
-  return std::ldexp(random_bits() % 2 ? unit : -unit, exponent);
+  return std::ldexp(random_bits() % 2 ? unit : -unit, random_exponent());
 }
 
 Bytes values(DType dtype, int64_t n) {
@@ -92,12 +147,13 @@ Bytes integers(int64_t n, int64_t below, int64_t from = 0) {
   return out;
 }
 
-Bytes room(DType dtype, int64_t n) { return Bytes(n * glmx::dtype_size(dtype)); }
+Bytes room(DType dtype, int64_t n) { return Bytes(n * glmx::dtype_size(dtype), dtype); }
 
 void record(const std::string& op, const std::string& name, const Bytes& output) {
+  output.make_nans_equal();
   uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a
   for (int64_t i = 0; i < output.size(); ++i) hash = (hash ^ output.as<uint8_t>()[i]) * 0x100000001b3ull;
-  CHECK(g_digests.emplace(op + "." + name, hash).second);
+  CHECK(g_digests.emplace(op + "." + range_name() + "." + name, hash).second);
   g_ops.insert(op);
 }
 
@@ -291,18 +347,30 @@ void compare(const std::string& path) {
   CHECK(found == g_digests.size());
 }
 
+// True if the C library's fmaf is the FMA unit's instruction, which begins with the VEX prefix c4, after endbr64 where there is one.
+bool hardware_fma() {
+  const auto* code = static_cast<const uint8_t*>(dlsym(RTLD_DEFAULT, "fmaf"));
+  CHECK(code != nullptr);
+  constexpr uint8_t kEndbr64[] = {0xf3, 0x0f, 0x1e, 0xfa};
+  return code != nullptr && code[std::memcmp(code, kEndbr64, 4) == 0 ? 4 : 0] == 0xc4;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
+  if (argc != 4 && argc != 5) return 2;
   try {
     glmx::active_isa();
   } catch (const glmx::Error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 77;
   }
+  if (argc == 5) CHECK(std::string(argv[4]) == "software_fma" && !hardware_fma());
   use_threads(std::atoll(argv[3]));
-  run_all();
+  for (Range range : {Range::unit, Range::tiny, Range::huge}) {
+    g_range = range;
+    run_all();
+  }
   for (const glmx::OpInfo& info : glmx::op_table()) {
     CHECK(info.kernels.back() == Isa::base && info.revision >= 1);
     for (size_t i = 1; i < info.kernels.size(); ++i) CHECK(info.kernels[i - 1] > info.kernels[i]);
