@@ -1,5 +1,6 @@
 # make demo   sets everything up, trains a small GLM on this machine's Python sources, completes a prompt
 # make test   sets everything up, runs every check (lint, C++ tests, pytest under each instruction set, examples, demo)
+# make wheel  writes dist/glmx-*.whl, for any x86-64 machine with this Python; no compiler is needed where it is installed
 # make dev    the environment alone      make lint / bench / clean
 #
 # All of it lives in .venv and build/: no root, and a second run installs and compiles nothing that has not changed.
@@ -17,10 +18,10 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .NOTPARALLEL:
-.PHONY: demo test dev lint bench clean
+.PHONY: demo test wheel dev lint bench clean
 
 ifneq ($(MISSING),)
-demo test dev lint bench:
+demo test wheel dev lint bench:
 	@echo "glmx: SKIPPED make $@: $(MISSING)"
 	@test "$$GLMX_STRICT" != 1
 else
@@ -30,6 +31,11 @@ demo: .venv/.built
 
 test: .venv/.test .venv/.built
 	$(BIN)/python tests/run.py
+
+wheel: .venv/.glmx
+	rm -f dist/glmx-*.whl
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/glmx-*.whl
 
 dev: .venv/.test .venv/.built
 	@echo "ready: $(BIN)/python, $(BIN)/glmx; after a change in csrc/: make dev"

@@ -1,11 +1,13 @@
 """`make test`: every check of the project in order, ending with one closing line in pytest's form.
 
-    python tests/run.py [STAGE ...]        stages: lint, cpp, tests, isa, examples, bench, demo (default: all of them)
+    python tests/run.py [STAGE ...]        the stages below; all of them when none is named
 
 lint      ruff, ruff format, clang-format, mypy
 cpp       the C++ tests, as built for users and under ASan + UBSan
+qemu      older CPUs, emulated: the C++ tests without AVX, the Python stack with AVX2 at most
 tests     pytest on two workers, under this machine's best instruction set
 isa       tests/ops and one model test again, under each lower instruction set that GLMX_ISA can pin
+wheel     `make wheel`, installed and used in a second environment without compiler or sources
 examples  the scripts in examples/, as a user runs them
 bench     every benchmark once, on small shapes, for its results and not for its times
 demo      glmx demo for a minute: checkpoint, plot, completion, and transformers on the checkpoint
@@ -104,26 +106,30 @@ def lint() -> Count:
     return count + check("mypy", ["mypy"])
 
 
+def build_cpp(variant: str) -> Count:
+    """Builds the C++ tests in build/cpp-<variant>: "plain" as for users, "sanitize" under ASan and UBSan."""
+    where = BUILD / f"cpp-{variant}"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(where), "-DGLMX_PYTHON=OFF", "-DGLMX_TESTS=ON"]
+    configure.append(f"-DGLMX_SANITIZE={'ON' if variant == 'sanitize' else 'OFF'}")
+    if shutil.which("ninja"):
+        configure.append("-GNinja")
+    quiet = {"stdout": subprocess.DEVNULL}
+    built = check(f"configure {variant}", configure, **quiet)
+    if not built.failed:
+        built = check(f"build {variant}", ["cmake", "--build", str(where), "-j", str(os.cpu_count() or 1)], **quiet)
+    return built
+
+
 def cpp() -> Count:
-    if not (ROOT / "tests/cpp/CMakeLists.txt").exists():
-        say("no C++ tests yet")
-        return Count(skipped=1)
     total = Count()
-    for variant, options in (("plain", []), ("sanitize", ["-DGLMX_SANITIZE=ON"])):
-        where = BUILD / f"cpp-{variant}"
-        configure = ["cmake", "-S", str(ROOT), "-B", str(where), "-DGLMX_PYTHON=OFF", "-DGLMX_TESTS=ON", *options]
-        if shutil.which("ninja"):
-            configure.append("-GNinja")
-        quiet = {"stdout": subprocess.DEVNULL}
-        built = check(f"configure {variant}", configure, **quiet)
-        if not built.failed:
-            built = check(f"build {variant}", ["cmake", "--build", str(where), "-j", str(os.cpu_count() or 1)], **quiet)
+    for variant in ("plain", "sanitize"):
+        built = build_cpp(variant)
         if built.failed:
             total += built
             continue
         report = RESULTS / f"ctest-{variant}.xml"
         RESULTS.mkdir(parents=True, exist_ok=True)
-        command = ["ctest", "--test-dir", str(where), "--output-on-failure", "--no-tests=error"]
+        command = ["ctest", "--test-dir", str(BUILD / f"cpp-{variant}"), "--output-on-failure", "--no-tests=error"]
         ran = check(f"ctest {variant}", [*command, "--output-junit", str(report)])
         suite = ET.parse(report).getroot()
         failed = int(suite.get("failures", 0))
@@ -133,15 +139,17 @@ def cpp() -> Count:
 
 
 def tests() -> Count:
-    return pytest(
-        "tests",
-        "-n",
-        WORKERS,
-        "--dist=loadgroup",
-        "--ignore=tests/test_examples.py",
-        "--ignore=tests/test_demo.py",
-        "tests",
-    )
+    """Everything but the files that are a stage of their own."""
+    own = [f"--ignore=tests/test_{stage}.py" for stage in ("qemu", "wheel", "examples", "demo")]
+    return pytest("tests", "-n", WORKERS, "--dist=loadgroup", *own, "tests")
+
+
+def qemu() -> Count:
+    if not shutil.which("qemu-x86_64"):
+        say(f"{'FAILED' if STRICT else 'SKIPPED'}: qemu-x86_64 is missing: apt-get install qemu-user")
+        return Count(failed=1) if STRICT else Count(skipped=1)
+    built = build_cpp("plain")
+    return built if built.failed else pytest("qemu", "tests/test_qemu.py")
 
 
 def isa() -> Count:
@@ -165,16 +173,15 @@ def isa() -> Count:
     return total
 
 
+def wheel() -> Count:
+    return pytest("wheel", "tests/test_wheel.py")
+
+
 def examples() -> Count:
-    if not (ROOT / "tests/test_examples.py").exists():
-        return Count(skipped=1)
     return pytest("examples", "tests/test_examples.py", OMP_NUM_THREADS="2")
 
 
 def bench() -> Count:
-    if not list((ROOT / "bench").rglob("bench_*.py")):
-        say("no benchmarks yet")
-        return Count(skipped=1)
     return pytest("bench", "bench", "--benchmark-disable", OMP_NUM_THREADS="2")
 
 
@@ -182,7 +189,8 @@ def demo() -> Count:
     return pytest("demo", "tests/test_demo.py", OMP_NUM_THREADS=WORKERS)
 
 
-STAGES: dict[str, Callable[[], Count]] = {f.__name__: f for f in (lint, cpp, tests, isa, examples, bench, demo)}
+IN_ORDER = (lint, cpp, qemu, tests, isa, wheel, examples, bench, demo)
+STAGES: dict[str, Callable[[], Count]] = {stage.__name__: stage for stage in IN_ORDER}
 
 
 def main(names: list[str]) -> int:

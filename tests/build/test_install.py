@@ -1,4 +1,7 @@
-"""pip installs glmx in every mode without touching the torch that is there, and stops with one line where it cannot."""
+"""pip builds glmx in every mode without touching the torch that is there, and stops with one line where it cannot.
+
+The wheel, installed where nothing can be built, is tests/test_wheel.py's.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-import zipfile
 
 import pytest
-from tests.build.tree import ROOT, output, unavailable
+from tests.build.tree import ROOT, SITE, clean_environment, output, unavailable
 
-SITE = pathlib.Path(sysconfig.get_path("purelib"))
-TOOLS = pathlib.Path(sys.executable).parent  # cmake and ninja of this environment
 WORKS = """
 import glmx, torch, sys, pathlib
 assert pathlib.Path(glmx.__file__).is_relative_to(sys.prefix), glmx.__file__
@@ -24,13 +23,6 @@ assert torch.allclose(y, torch.ones(2, 8)), y
 from glmx import _native
 print(_native.active_isa(), _native.build_info()["version"])
 """
-
-
-def clean_environment(**changes: str) -> dict[str, str]:
-    """The environment of a user: nothing of this test run's own paths or options."""
-    dropped = ("PYTHONPATH", "GLMX_ISA", "GLMX_TORCH_DIR", "VIRTUAL_ENV")
-    env = {key: value for key, value in os.environ.items() if key not in dropped}
-    return {**env, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PATH": f"{TOOLS}{os.pathsep}{env['PATH']}", **changes}
 
 
 def torch_fingerprint() -> list[tuple[str, int, int]]:
@@ -82,48 +74,15 @@ def pip(venv: pathlib.Path, *args: str | os.PathLike, **environment: str) -> str
     return log
 
 
-def works(venv: pathlib.Path, **environment: str) -> None:
-    env = clean_environment(**environment)
+def works(venv: pathlib.Path) -> None:
+    env = clean_environment()
     output(venv / "bin/python", "-c", WORKS, env=env, cwd=venv.parent)
     assert output(venv / "bin/glmx", "--version", env=env, cwd=venv.parent).startswith("glmx 0.")
 
 
-@pytest.fixture(scope="module")
-def wheel(clone, tmp_path_factory) -> pathlib.Path:
-    """Built in this environment, without isolation; the objects stay in the clone for the tests after it."""
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, clone]
-    output(*command, env=clean_environment(), cwd=out)
-    return next(out.glob("*.whl"))
-
-
 @pytest.mark.slow
 @pytest.mark.xdist_group("install")
-def test_wheel_holds_the_three_libraries_and_no_sources(wheel):
-    version = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert f"-{version}-{version}-linux_x86_64" in wheel.name, "the Python module ties a wheel to its Python"
-    names = zipfile.ZipFile(wheel).namelist()
-    libraries = sorted(name for name in names if ".so" in name)
-    assert len(libraries) == 3 and libraries[0].startswith("glmx/_native."), libraries
-    assert libraries[1:] == ["glmx/libglmx_core.so", "glmx/libglmx_torch.so"]
-    assert "glmx/py.typed" in names
-    strays = [name for name in names if not name.startswith(("glmx/", "glmx-"))]
-    assert not strays and not [name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))], strays
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("install")
-def test_wheel_installs_without_a_compiler(wheel, venv):
-    before = torch_fingerprint()
-    path = str(venv / "bin")  # no compiler, no cmake
-    pip(venv, "install", wheel, PATH=path)
-    works(venv, PATH=path)
-    assert torch_fingerprint() == before
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("install")
-def test_install_without_build_isolation(clone, wheel, venv):
+def test_install_without_build_isolation(clone, venv):
     before = torch_fingerprint()
     pip(venv, "install", "--no-build-isolation", clone)
     works(venv)
@@ -132,7 +91,7 @@ def test_install_without_build_isolation(clone, wheel, venv):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("install")
-def test_install_with_build_isolation(clone, wheel, venv):
+def test_install_with_build_isolation(clone, venv):
     """pip's own build environment: torch's headers are found in the target, and none is downloaded."""
     before = torch_fingerprint()
     pip(venv, "install", "-v", clone)

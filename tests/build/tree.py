@@ -6,12 +6,15 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
+import sysconfig
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "glmx"
 OPS_H = ROOT / "csrc" / "include" / "glmx" / "ops.h"
+SITE = pathlib.Path(sysconfig.get_path("purelib"))  # the packages of the environment that runs the tests
 ISAS = ("base", "avx2", "avx512", "amx")
 
 
@@ -34,6 +37,14 @@ def unavailable(reason: str) -> None:
     if os.environ.get("GLMX_STRICT") == "1":
         pytest.fail(f"GLMX_STRICT=1: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    """The environment of a user: nothing of this test run's own paths or options, but its cmake and ninja."""
+    dropped = ("PYTHONPATH", "GLMX_ISA", "GLMX_TORCH_DIR", "VIRTUAL_ENV")
+    env = {key: value for key, value in os.environ.items() if key not in dropped}
+    tools = pathlib.Path(sys.executable).parent
+    return {**env, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PATH": f"{tools}{os.pathsep}{env['PATH']}", **changes}
 
 
 def output(*command: str | os.PathLike, **kwargs) -> str:
