@@ -1,0 +1,356 @@
+"""Feeds glmx.load random checkpoints and prints one JSON line of what came of it: run by test_fuzz.py, or by hand.
+
+    PYTHONPATH=python:tests python tests/models/fuzz_load.py DIR CONFIGS HEADERS BOTH TOKENIZERS [SEED]
+
+Each example must load or raise a GlmxError of one short line. Anything else ends the process with hypothesis' smallest
+example; a crash or a hang ends it with the Python stack. Without SEED the examples are the same in every run.
+"""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import glmx
+from glmx.data import tokenizer as tokenizers
+from glmx.errors import CheckpointError, GlmxError
+from glmx.models import checkpoint
+from glmx.models.safetensors import INDEX, SINGLE, read_header
+from tiny_glm import random_model, tiny_config
+
+HANG_S = 30.0  # a load of these files takes milliseconds
+COUNTS: collections.Counter[str] = collections.Counter()
+
+
+def outcome(act):
+    """Runs `act`; its result, or None after an error of the right kind. Counts both."""
+    faulthandler.dump_traceback_later(HANG_S, exit=True)
+    try:
+        result = act()
+        COUNTS["loaded"] += 1
+        return result
+    except GlmxError as error:
+        message = str(error)
+        assert message.isprintable() and 0 < len(message) < 1000, f"not a one-line message: {message!r}"
+        COUNTS["refused"] += 1
+        # What is left without names and numbers tells one kind of error from another.
+        COUNTS["kind " + re.sub(r"'.*?'|[\d.]+|\[.*?\]|{.*?}|\S*[._]\S*", "", message)[:40]] += 1
+        return None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def load(directory, **options):
+    model = outcome(lambda: glmx.load(directory, **options))
+    if model is not None:
+        held = sum(p.nbytes for p in model.parameters())
+        there = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+        assert held <= 2 * there, f"{held} bytes allocated for {there} bytes of files"
+
+
+# What to put in the place of something else. Most of it is picked from lists: hypothesis takes milliseconds to build a
+# nested value, a load of these files takes one.
+NUMBERS = [0, -1, 1, 2, 3, 7, 8, 512, 513, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(10**30), 10**400]
+FLOATS = [0.5, -0.0, 1e-45, 1e308, 1e30, float("nan"), float("inf"), float("-inf")]
+TEXTS = [
+    "",
+    "x",
+    "a\nb",
+    "\0",
+    "\u4e2d\U0001f600",
+    "x" * 5000,
+    "glm4_moe",
+    "glm5_next",
+    "bfloat16",
+    "sigmoid",
+    "F32",
+    "1",
+]
+NESTED = [
+    [],
+    [[]],
+    [1],
+    [None],
+    [1, 2, "x"],
+    [True] * 70,
+    [2**62] * 64,
+    list(range(500)),
+    {},
+    {"a": 1},
+    {"rope_type": "yarn"},
+]
+NESTED += [
+    {"rope_theta": float("nan")},
+    {"rope_type": []},
+    json.loads("[" * 90 + "]" * 90),
+    {"x" * 500: ["y" * 500] * 50},
+]
+FIXED_JUNK = [None, True, False, *NUMBERS, *FLOATS, *TEXTS, *NESTED]
+JUNK = st.one_of(st.sampled_from(FIXED_JUNK), st.sampled_from(NUMBERS), st.integers(), st.floats(), st.text(max_size=8))
+SPOILS = st.tuples(
+    st.sampled_from(["cut", "insert", "overwrite"]), st.integers(0, 10**5), st.binary(min_size=1, max_size=4)
+)
+
+
+def spoiled(data: bytes, spoil) -> bytes:
+    if spoil is None:
+        return data
+    how, place, new = spoil
+    place %= len(data) + 1
+    if how == "cut":
+        return data[:place]
+    return data[:place] + new + data[place + (len(new) if how == "overwrite" else 0) :]
+
+
+@st.composite
+def rarely(draw, strategy):
+    return draw(strategy) if draw(st.integers(0, 9)) == 0 else None
+
+
+# Configs.
+BASE = {**tiny_config(vocab_size=16, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=4, intermediate_size=8, moe_intermediate_size=4, n_routed_experts=2, num_experts_per_tok=1).to_dict(),
+        "num_mtp_layers": 1, "rope_scaling": None, "scoring_func": "sigmoid", "moe_layer_freq": 1, "layer_types": None,
+        "quantization_config": None, "torch_dtype": "float32"}  # fmt: skip
+# Changes that leave many a config valid, so that its tensors are compared too.
+MILD = [(key, value) for key in BASE for value in (*range(10), True, False) if type(value) is type(BASE[key])]
+MILD += [(key, value) for key in BASE for value in (0.25, 1.0, 2.5, 1e4) if type(value) is type(BASE[key])]
+MILD_CHANGES = st.lists(st.sampled_from(MILD), max_size=4).map(dict)
+# Every size at every number, one at a time: chance leaves some of these out.
+ONE_SIZE = [{key: number} for key, value in BASE.items() if type(value) is int for number in NUMBERS]
+CONFIGS = st.one_of(
+    st.tuples(st.just(BASE), MILD_CHANGES),
+    st.tuples(st.just(BASE), st.dictionaries(st.sampled_from(sorted(BASE)), JUNK, min_size=1, max_size=3)),
+    st.tuples(st.just({"model_type": "glm4_moe"}), st.lists(st.sampled_from(MILD), min_size=9, max_size=25).map(dict)),
+    st.tuples(st.just(BASE), st.dictionaries(st.text(max_size=6), JUNK, max_size=2)),
+)
+CONFIG_BYTES = st.tuples(CONFIGS, rarely(SPOILS)).map(
+    lambda parts: spoiled(json.dumps({**parts[0][0], **parts[0][1]}).encode(), parts[1])
+) | JUNK.map(lambda value: json.dumps(value).encode())
+
+
+# Headers: lists of (name, entry), so that a name can be there twice.
+DTYPES = ["F32", "BF16", "F16", "F64", "I8", "F8_E4M3", "BOOL", "F4", "f32"]
+KEYS = st.sampled_from(["dtype", "shape", "data_offsets", "extra"])
+NAMES = ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.experts.gate_up_proj", "a\nb", "", "__metadata__"]
+ANY_ENTRY = st.integers(0, 99)
+HEADER_CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("set"), ANY_ENTRY, st.tuples(KEYS, JUNK)),
+        st.tuples(st.just("set"), ANY_ENTRY, st.tuples(st.just("dtype"), st.sampled_from(DTYPES))),
+        st.tuples(st.just("set"), ANY_ENTRY, st.tuples(st.just("shape"), st.lists(st.integers(-1, 32), max_size=4))),
+        st.tuples(st.just("set"), ANY_ENTRY, st.tuples(KEYS, st.lists(st.integers(0, 2500), min_size=2, max_size=2))),
+        st.tuples(st.just("replace"), ANY_ENTRY, JUNK),
+        st.tuples(st.sampled_from(["drop", "repeat"]), ANY_ENTRY, st.none()),
+        st.tuples(st.just("rename"), ANY_ENTRY, st.sampled_from(NAMES) | st.text(max_size=8)),
+        st.tuples(st.just("shift"), ANY_ENTRY, st.integers(-9, 9)),
+        st.tuples(st.just("metadata"), st.just(0), JUNK | st.just({"format": "pt"})),
+        st.tuples(st.just("swap"), ANY_ENTRY, ANY_ENTRY),
+    ),
+    max_size=3,
+)
+MADE_UP = st.lists(
+    st.tuples(st.text(max_size=6), st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), max_size=5
+)
+
+
+def changed(entries, changes):
+    """The header's entries after `changes`; what is out of range wraps around."""
+    entries = [(name, json.loads(json.dumps(entry))) for name, entry in entries]
+    for what, at, how in changes:
+        if what == "metadata":
+            entries.insert(0, ("__metadata__", how))
+            continue
+        if not entries:
+            break
+        at %= len(entries)
+        name, entry = entries[at]
+        if what == "drop":
+            del entries[at]
+        elif what == "repeat":
+            entries.append(entries[at])
+        elif what == "rename":
+            entries[at] = (how, entry)
+        elif what == "replace":
+            entries[at] = (name, how)
+        elif what == "swap":
+            other = how % len(entries)
+            entries[at], entries[other] = (name, entries[other][1]), (entries[other][0], entry)
+        elif isinstance(entry, dict):
+            if what == "set":
+                entry[how[0]] = how[1]
+            elif isinstance(entry.get("data_offsets"), list) and all(type(n) is int for n in entry["data_offsets"]):
+                entry["data_offsets"] = [n + how for n in entry["data_offsets"]]
+    return entries
+
+
+def made_up(tensors):
+    """Entries of well-formed tensors one after the other, and the length of their data."""
+    bits = {"F32": 32, "BF16": 16, "F16": 16, "F64": 64, "F4": 4}
+    entries, end = [], 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + int(torch.Size(shape).numel()) * bits.get(dtype, 8) // 8
+        entries.append((name, {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}))
+    return entries, end
+
+
+def file_bytes(entries, data, length, spoil):
+    text = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in entries) + "}"
+    header = text.encode()
+    return spoiled((len(header) if length is None else length % 2**64).to_bytes(8, "little") + header + data, spoil)
+
+
+def same_as_the_library(file):
+    """A header that glmx takes, the safetensors library takes too, and reads the same from it."""
+    try:
+        entries = read_header(file)
+    except CheckpointError:
+        return
+    with safe_open(file, "pt") as opened:
+        assert set(opened.keys()) == entries.keys()
+        for key, entry in entries.items():
+            theirs = opened.get_slice(key)
+            assert (theirs.get_dtype(), tuple(theirs.get_shape())) == (entry.dtype, entry.shape)
+
+
+WEIGHT_MAP = st.sampled_from(["one.safetensors", "two.safetensors", "../x.safetensors", "", "/dev/zero", SINGLE]) | JUNK
+
+
+def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files: int, seed: int | None) -> None:
+    idle = memory("VmRSS")
+    config = glmx.models.config.ModelConfig.from_dict(BASE)
+    good = checkpoint.save(random_model(config), directory / "good")
+    entries = [
+        (name, {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]})
+        for name, e in read_header(good / SINGLE).items()
+    ]
+    data = (good / SINGLE).read_bytes()[-max(entry["data_offsets"][1] for _, entry in entries) :]
+    work = directory / "work"
+    shutil.copytree(good, work)
+
+    def fuzz(examples, *strategies):
+        """Runs the decorated function on `examples` examples, at once."""
+        settings = hypothesis.settings(
+            max_examples=max(examples, 1),
+            derandomize=seed is None,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        )
+
+        def run(body):
+            test = settings(hypothesis.given(*strategies)(body))
+            (test if seed is None else hypothesis.seed(seed)(test))()
+
+        return run if examples else lambda body: None
+
+    header_bytes = st.tuples(
+        HEADER_CHANGES, rarely(MADE_UP), rarely(st.sampled_from(NUMBERS) | st.integers(0, 9999)), rarely(SPOILS)
+    ).map(
+        lambda parts: file_bytes(
+            changed(made_up(parts[1])[0] if parts[1] else entries, parts[0]),
+            bytes(made_up(parts[1])[1]) if parts[1] else data,
+            parts[2],
+            parts[3],
+        )
+    )
+
+    for change in ONE_SIZE:
+        (work / "config.json").write_text(json.dumps({**BASE, **change}))
+        load(work)
+
+    @fuzz(configs, CONFIG_BYTES)
+    def _(content):
+        (work / "config.json").write_bytes(content)
+        load(work)
+
+    shutil.copy(good / "config.json", work)
+
+    @fuzz(headers, header_bytes)
+    def _(content):
+        (work / SINGLE).write_bytes(content)
+        same_as_the_library(work / SINGLE)
+        load(work)
+
+    halves = ([e for e in entries if e[0] < "model.layers.1"], [e for e in entries if e[0] >= "model.layers.1"])
+    good_map = {
+        name: f"{file}.safetensors" for file, half in zip(("one", "two"), halves, strict=True) for name, _ in half
+    }
+    split = []
+    for half in halves:
+        packed, chunks, end = [], [], 0
+        for name, entry in half:
+            start, stop = entry["data_offsets"]
+            packed.append((name, {**entry, "data_offsets": [end, end + stop - start]}))
+            chunks.append(data[start:stop])
+            end += stop - start
+        split.append((packed, b"".join(chunks)))
+    (work / SINGLE).unlink()
+
+    @fuzz(
+        both,
+        rarely(CONFIG_BYTES) | MILD_CHANGES.map(lambda changes: json.dumps({**BASE, **changes}).encode()),
+        st.just([]) | HEADER_CHANGES,
+        rarely(SPOILS),
+        rarely(st.dictionaries(st.sampled_from(sorted(good_map)) | st.text(max_size=4), WEIGHT_MAP, max_size=2)),
+        rarely(SPOILS),
+        st.sampled_from(["auto", "bf16", "fp32"]),
+        st.booleans(),
+    )
+    def _(config_bytes, changes, spoil, mapped, index_spoil, dtype, check_finite):
+        (work / "config.json").write_bytes(config_bytes or json.dumps(BASE).encode())
+        for number, (name, (half, values)) in enumerate(zip(("one", "two"), split, strict=True)):
+            content = file_bytes(changed(half, changes if number else []), values, None, spoil if number else None)
+            (work / f"{name}.safetensors").write_bytes(content)
+        index = json.dumps({"weight_map": {**good_map, **(mapped or {})}}).encode()
+        (work / INDEX).write_bytes(spoiled(index, index_spoil))
+        load(work, dtype=dtype, check_finite=check_finite)
+
+    texts = directory / "tokenizer"
+    tokenizers.train(["def f(x):\n    return x + 1\n"] * 3, 256 + 24 + 8).save(texts)
+    (texts / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    originals = {file.name: file.read_bytes() for file in texts.iterdir()}
+
+    @fuzz(
+        tokenizer_files,
+        st.sampled_from(sorted(originals)),
+        SPOILS,
+        st.none()
+        | st.tuples(st.sampled_from(["eos_token", "chat_template", "eos_token_id", "model", "decoder"]), JUNK),
+    )
+    def _(name, spoil, change):
+        content = originals[name]
+        if change is not None and name.endswith(".json"):
+            content = json.dumps({**json.loads(content), change[0]: change[1]}).encode()
+        (texts / name).write_bytes(spoiled(content, spoil) if change is None else content)
+        try:
+            outcome(lambda: tokenizers.Tokenizer.from_dir(texts))
+        finally:
+            (texts / name).write_bytes(originals[name])
+
+    kinds = sum(key.startswith("kind ") for key in COUNTS)
+    report = {"loaded": COUNTS["loaded"], "refused": COUNTS["refused"], "kinds": kinds}
+    print(json.dumps({**report, "idle_mb": idle, "above_idle_mb": memory("VmHWM") - idle}))
+
+
+def memory(field: str) -> int:
+    """MB of this process: VmRSS now, VmHWM at its highest."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(field))) // 1024
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    numbers = [int(n) for n in sys.argv[2:]]
+    main(Path(sys.argv[1]), *numbers[:4], seed=numbers[4] if len(numbers) > 4 else None)
