@@ -166,7 +166,7 @@ MADE_UP = st.lists(
 
 def changed(entries, changes):
     """The header's entries after `changes`; what is out of range wraps around."""
-    entries = [(name, json.loads(json.dumps(entry))) for name, entry in entries]
+    entries = [(name, dict(entry)) for name, entry in entries]
     for what, at, how in changes:
         if what == "metadata":
             entries.insert(0, ("__metadata__", how))

@@ -9,7 +9,7 @@ import json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a checkpoint directory in Hugging Face layout")
+    add("model", metavar="MODEL", help="a checkpoint directory, or a Hub id in the local cache")
     add("--prompt", required=True, metavar="TEXT", help="the text to complete")
     add("--max-tokens", type=int, default=128, metavar="N", help="stop after N tokens (default 128)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
