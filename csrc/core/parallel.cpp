@@ -1,4 +1,4 @@
-// parallel_items: a counter shared by the pool's workers, and the rounding environment of every worker.
+// parallel_items: a counter shared by the pool's workers, the rounding environment of every worker, and what is too little to share.
 #include "core/parallel.h"
 
 #include <emmintrin.h>
@@ -10,6 +10,7 @@ namespace glmx {
 namespace {
 
 ThreadPool g_pool{nullptr, nullptr};
+std::atomic<int64_t> g_small_work_ns{kSmallWorkNs};
 
 // FTZ | DAZ: the AMX unit flushes denormals, so every ISA does.
 class FlushDenormals {
@@ -44,10 +45,13 @@ void install_thread_pool(const ThreadPool& pool) { g_pool = pool; }
 
 int64_t parallel_threads() { return g_pool.threads == nullptr ? 1 : std::max<int64_t>(1, g_pool.threads()); }
 
-void parallel_items(int64_t items, void (*body)(void*, int64_t), void* context) {
+int64_t set_small_work(int64_t nanoseconds) { return g_small_work_ns.exchange(nanoseconds); }
+
+void parallel_items(int64_t items, int64_t work_ns, void (*body)(void*, int64_t), void* context) {
   if (items <= 0) return;
   Job job{body, context, items};
-  const int64_t workers = std::min(items, parallel_threads());
+  const bool small = work_ns < g_small_work_ns.load(std::memory_order_relaxed);
+  const int64_t workers = small ? 1 : std::min(items, parallel_threads());
   if (workers == 1) {
     work(&job, 0);
   } else {

@@ -5,6 +5,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "core/features.h"
+#include "core/parallel.h"
 
 namespace py = pybind11;
 
@@ -70,4 +71,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("kernel_table", kernel_table, py::arg("isa") = "", "Which kernel each op runs under an ISA level (default: the active one).");
   m.def("op_revisions", op_revisions, "Kernel revision per op: raised by whoever changes its bits.");
   m.def("build_info", build_info);
+  m.def("set_small_work", glmx::set_small_work, py::arg("nanoseconds"),
+        "For tests: the work below which an op stays on the calling thread; returns the former value.");
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.threads import every_op_shared_out
 
 from glmx.models.batch import Batch
 from tiny_glm import CASES, random_ids, random_model, tiny_config
@@ -52,15 +53,12 @@ def test_padding_does_not_show(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_for_any_thread_count(dtype):
     model, ids = MODELS[dtype], random_ids(MODELS[dtype].config, 3, 33)
-    threads = torch.get_num_threads()
-    try:
-        with torch.no_grad():
-            first = model(ids).logits
+    with torch.no_grad():
+        first = model(ids).logits
+        with every_op_shared_out():
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 assert torch.equal(model(ids).logits, first)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

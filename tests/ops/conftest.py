@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.threads import every_op_shared_out
+
 
 def _poisoned(function: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -35,6 +37,6 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    """The test may set torch's thread count, and every op uses the threads, however small it is."""
+    with every_op_shared_out():
+        yield

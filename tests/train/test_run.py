@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.threads import every_op_shared_out
 
 import glmx
 from glmx.errors import CheckpointError, ConfigError, GlmxError
@@ -306,13 +307,11 @@ def test_training_balances_the_experts_and_a_flipped_sign_does_not(raw, monkeypa
 
 
 def test_the_same_bits_for_any_thread_count(raw):
-    before, runs = torch.get_num_threads(), []
-    try:
+    runs = []
+    with every_op_shared_out():
         for threads in (1, 3):
             torch.set_num_threads(threads)
             run = {**raw, "out": f"{raw['out']}-{threads}"}
             pretrain(make_config(run), quiet=True)
             runs.append(fingerprint(run["out"]))
-    finally:
-        torch.set_num_threads(before)
     assert runs[0] == runs[1]

@@ -321,12 +321,13 @@ void run_item(void* context, int64_t item) {
 
 template <class Op>
 void run(const Op& op) {
-  int64_t items = 1;
+  int64_t items = 1, tiles = 0;  // tiles: 16 x 16 results at 32 k
   for (int64_t e = 0; e < op.experts(); ++e) {
     const Cut c = cut(op, e);
     items += c.left_blocks * c.right_blocks;
+    tiles += (op.left(e) + 15) / 16 * op.halves() * ((op.right(e) + 15) / 16) * ((op.depth(e) + 31) / 32);
   }
-  parallel_items(items, run_item<Op>, const_cast<Op*>(&op));
+  parallel_items(items, tiles * 32, run_item<Op>, const_cast<Op*>(&op));
 }
 
 }  // namespace

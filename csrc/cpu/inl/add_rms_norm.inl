@@ -35,5 +35,6 @@ void add_norm_block(void* context, int64_t block) {
 
 inline void add_rms_norm_rows(const AddRmsNormParams& p) {
   const int64_t blocks = (p.T + kNormRows - 1) / kNormRows;
-  parallel_items(blocks, p.dtype == DType::bf16 ? add_norm_block<uint16_t> : add_norm_block<float>, const_cast<AddRmsNormParams*>(&p));
+  parallel_items(blocks, p.T * p.H / 2, p.dtype == DType::bf16 ? add_norm_block<uint16_t> : add_norm_block<float>,
+                 const_cast<AddRmsNormParams*>(&p));
 }

@@ -23,7 +23,7 @@ inline void copy_block(void* context, int64_t block) {
 }
 
 inline void embedding_forward(const EmbeddingParams& p) {
-  parallel_items((p.T + kTokens - 1) / kTokens, copy_block, const_cast<EmbeddingParams*>(&p));
+  parallel_items((p.T + kTokens - 1) / kTokens, p.T * p.H * dtype_size(p.dtype) / 8, copy_block, const_cast<EmbeddingParams*>(&p));
 }
 
 template <class T>
@@ -57,5 +57,6 @@ void sum_block(void* context, int64_t block) {
 
 inline void embedding_backward_rows(const EmbeddingBackwardParams& p) {
   void* context = const_cast<EmbeddingBackwardParams*>(&p);
-  parallel_items((p.V + kVocabulary - 1) / kVocabulary, p.dtype == DType::bf16 ? sum_block<uint16_t> : sum_block<float>, context);
+  parallel_items((p.V + kVocabulary - 1) / kVocabulary, (p.T + p.V) * p.H / 4,
+                 p.dtype == DType::bf16 ? sum_block<uint16_t> : sum_block<float>, context);
 }

@@ -184,12 +184,13 @@ void run_item(void* context, int64_t item) {
 
 template <class Op>
 void run(const Op& op) {
-  int64_t items = 1;
+  int64_t items = 1, weights = 0;  // weights: elements of the vector side, counted once for each tile of rows that meets them
   for (int64_t e = 0; e < op.experts(); ++e) {
     const Cut c = cut(op, e);
     items += c.row_blocks * c.col_blocks;
+    weights += (op.rows(e) + kRows - 1) / kRows * op.width() * op.halves() * op.depth(e);
   }
-  parallel_items(items, run_item<Op>, const_cast<Op*>(&op));
+  parallel_items(items, weights / 8, run_item<Op>, const_cast<Op*>(&op));
 }
 
 // d_bias[e, n] = sum of dy over the expert's rows: blocks of 64 rows counted from its first row, rows in order, blocks in order.
@@ -235,6 +236,6 @@ inline void gemm_wgrad(const GroupedGemmWgradParams& p) {
 }
 
 inline void bias_gradient(const GroupedGemmBiasGradParams& p) {
-  parallel_items(p.E * ((p.N + 15) / 16), p.dtype == DType::bf16 ? bias_item<uint16_t> : bias_item<float>,
+  parallel_items(p.E * ((p.N + 15) / 16), (p.R + p.E) * p.N / 4, p.dtype == DType::bf16 ? bias_item<uint16_t> : bias_item<float>,
                  const_cast<GroupedGemmBiasGradParams*>(&p));
 }

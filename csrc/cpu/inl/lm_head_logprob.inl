@@ -81,7 +81,9 @@ inline void scan_rows(void* context, int64_t block) {
   }
 }
 
-inline void scan(const LmHeadScan& p) { parallel_items((p.rows + kScanRows - 1) / kScanRows, scan_rows, const_cast<LmHeadScan*>(&p)); }
+inline void scan(const LmHeadScan& p) {
+  parallel_items((p.rows + kScanRows - 1) / kScanRows, p.rows * p.columns, scan_rows, const_cast<LmHeadScan*>(&p));
+}
 
 inline void finish_rows(void* context, int64_t block) {
   const LmHeadFinish& p = *static_cast<const LmHeadFinish*>(context);
@@ -97,7 +99,7 @@ inline void finish_rows(void* context, int64_t block) {
 }
 
 inline void finish(const LmHeadFinish& p) {
-  parallel_items((p.rows + kScanRows - 1) / kScanRows, finish_rows, const_cast<LmHeadFinish*>(&p));
+  parallel_items((p.rows + kScanRows - 1) / kScanRows, p.rows * (50 + p.top_n), finish_rows, const_cast<LmHeadFinish*>(&p));
 }
 
 // d_z = (d_logprob * (1[v == id] - p) + d_lse * p) / temperature with p = e^(z - lse).
@@ -129,8 +131,8 @@ void d_logits_rows(void* context, int64_t block) {
 }
 
 inline void d_logits(const LmHeadDlogits& p) {
-  parallel_items((p.groups * p.rows + kGradRows - 1) / kGradRows, p.dtype == DType::bf16 ? d_logits_rows<uint16_t> : d_logits_rows<float>,
-                 const_cast<LmHeadDlogits*>(&p));
+  parallel_items((p.groups * p.rows + kGradRows - 1) / kGradRows, p.groups * p.rows * p.width,
+                 p.dtype == DType::bf16 ? d_logits_rows<uint16_t> : d_logits_rows<float>, const_cast<LmHeadDlogits*>(&p));
 }
 
 inline void add_rows(void* context, int64_t block) {
@@ -147,4 +149,6 @@ inline void add_rows(void* context, int64_t block) {
   }
 }
 
-inline void add_parts(const LmHeadAdd& p) { parallel_items((p.rows + kScanRows - 1) / kScanRows, add_rows, const_cast<LmHeadAdd*>(&p)); }
+inline void add_parts(const LmHeadAdd& p) {
+  parallel_items((p.rows + kScanRows - 1) / kScanRows, (p.groups + 2) * p.rows * p.H / 8, add_rows, const_cast<LmHeadAdd*>(&p));
+}

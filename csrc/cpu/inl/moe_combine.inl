@@ -52,7 +52,8 @@ void combine_block(void* context, int64_t block) {
 
 inline void moe_combine_forward(const MoeCombineParams& p) {
   void* context = const_cast<MoeCombineParams*>(&p);
-  parallel_items((p.T + kTokens - 1) / kTokens, p.dtype == DType::bf16 ? combine_block<uint16_t> : combine_block<float>, context);
+  parallel_items((p.T + kTokens - 1) / kTokens, p.T * p.K * p.H / 5,
+                 p.dtype == DType::bf16 ? combine_block<uint16_t> : combine_block<float>, context);
 }
 
 template <class T>
@@ -85,5 +86,6 @@ void backward_block(void* context, int64_t block) {
 
 inline void moe_combine_backward_rows(const MoeCombineBackwardParams& p) {
   void* context = const_cast<MoeCombineBackwardParams*>(&p);
-  parallel_items((p.R + kRows - 1) / kRows, p.dtype == DType::bf16 ? backward_block<uint16_t> : backward_block<float>, context);
+  parallel_items((p.R + kRows - 1) / kRows, p.R * p.H / 4, p.dtype == DType::bf16 ? backward_block<uint16_t> : backward_block<float>,
+                 context);
 }

@@ -32,7 +32,8 @@ void forward_block(void* context, int64_t block) {
 
 inline void rms_norm_forward(const RmsNormParams& p) {
   const int64_t blocks = (p.T + kNormRows - 1) / kNormRows;
-  parallel_items(blocks, p.dtype == DType::bf16 ? forward_block<uint16_t> : forward_block<float>, const_cast<RmsNormParams*>(&p));
+  parallel_items(blocks, p.T * p.H / 2, p.dtype == DType::bf16 ? forward_block<uint16_t> : forward_block<float>,
+                 const_cast<RmsNormParams*>(&p));
 }
 
 // With g = dy * weight and n = x * rstd:  dx = rstd * (g - n * mean(g * n)),  d_weight += dy * n.
@@ -80,6 +81,7 @@ inline void sum_blocks(void* context, int64_t column_block) {
 
 inline void rms_norm_backward_rows(const RmsNormBackwardParams& p) {
   void* context = const_cast<RmsNormBackwardParams*>(&p);
-  parallel_items((p.T + kNormRows - 1) / kNormRows, p.dtype == DType::bf16 ? backward_block<uint16_t> : backward_block<float>, context);
-  parallel_items((p.H + 15) / 16, sum_blocks, context);
+  const int64_t blocks = (p.T + kNormRows - 1) / kNormRows;
+  parallel_items(blocks, p.T * p.H, p.dtype == DType::bf16 ? backward_block<uint16_t> : backward_block<float>, context);
+  parallel_items((p.H + 15) / 16, blocks * p.H / 4, sum_blocks, context);
 }

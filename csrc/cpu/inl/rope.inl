@@ -102,7 +102,7 @@ inline void cos_sin_block(void* context, int64_t block) {
 }
 
 inline void rope_cos_sin_rows(const RopeCosSinParams& p) {
-  parallel_items((p.T + kAngleTokens - 1) / kAngleTokens, cos_sin_block, const_cast<RopeCosSinParams*>(&p));
+  parallel_items((p.T + kAngleTokens - 1) / kAngleTokens, p.T * p.half * 2, cos_sin_block, const_cast<RopeCosSinParams*>(&p));
 }
 
 // a' = a cos - b sin,  b' = b cos + a sin
@@ -165,6 +165,6 @@ void rope_block(void* context, int64_t block) {
 }
 
 inline void rope_rows(const RopeParams& p) {
-  parallel_items((p.T + kRopeTokens - 1) / kRopeTokens, p.dtype == DType::bf16 ? rope_block<uint16_t> : rope_block<float>,
-                 const_cast<RopeParams*>(&p));
+  parallel_items((p.T + kRopeTokens - 1) / kRopeTokens, p.T * p.A * p.D / 4,
+                 p.dtype == DType::bf16 ? rope_block<uint16_t> : rope_block<float>, const_cast<RopeParams*>(&p));
 }

@@ -109,7 +109,7 @@ inline void route_block(void* context, int64_t block) {
 
 inline void route_topk_forward(const RouteTopkParams& p) {
   for (int64_t e = 0; e < p.E; ++e) p.expert_counts[e] = 0;
-  parallel_items((p.T + kTokens - 1) / kTokens, route_block, const_cast<RouteTopkParams*>(&p));
+  parallel_items((p.T + kTokens - 1) / kTokens, p.T * p.E * 3, route_block, const_cast<RouteTopkParams*>(&p));
 }
 
 // sigmoid'(x) = e / (1 + e)^2 with e = exp(-|x|)
@@ -161,5 +161,5 @@ inline void backward_block(void* context, int64_t block) {
 }
 
 inline void route_topk_backward_tokens(const RouteTopkBackwardParams& p) {
-  parallel_items((p.T + kTokens - 1) / kTokens, backward_block, const_cast<RouteTopkBackwardParams*>(&p));
+  parallel_items((p.T + kTokens - 1) / kTokens, p.T * (50 + p.E / 4), backward_block, const_cast<RouteTopkBackwardParams*>(&p));
 }

@@ -28,7 +28,8 @@ void silu_mul_block(void* context, int64_t block) {
 
 inline void silu_mul_rows(const SiluMulParams& p) {
   const int64_t blocks = (p.T + kSiluRows - 1) / kSiluRows;
-  parallel_items(blocks, p.dtype == DType::bf16 ? silu_mul_block<uint16_t> : silu_mul_block<float>, const_cast<SiluMulParams*>(&p));
+  parallel_items(blocks, p.T * p.I * 2, p.dtype == DType::bf16 ? silu_mul_block<uint16_t> : silu_mul_block<float>,
+                 const_cast<SiluMulParams*>(&p));
 }
 
 // With s = sigmoid(gate):  d_gate = dy * up * s * (1 + gate * (1 - s)),  d_up = dy * gate * s.
@@ -54,6 +55,6 @@ void silu_mul_backward_block(void* context, int64_t block) {
 
 inline void silu_mul_backward_rows(const SiluMulBackwardParams& p) {
   const int64_t blocks = (p.T + kSiluRows - 1) / kSiluRows;
-  parallel_items(blocks, p.dtype == DType::bf16 ? silu_mul_backward_block<uint16_t> : silu_mul_backward_block<float>,
+  parallel_items(blocks, p.T * p.I * 3, p.dtype == DType::bf16 ? silu_mul_backward_block<uint16_t> : silu_mul_backward_block<float>,
                  const_cast<SiluMulBackwardParams*>(&p));
 }

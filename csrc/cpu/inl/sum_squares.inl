@@ -38,5 +38,6 @@ void square_chunks(void* context, int64_t item) {
 inline void sum_squares_chunks(const SumSquaresParams& p) {
   const int64_t elements = kSumSquaresChunk * kChunksPerItem;
   void* context = const_cast<SumSquaresParams*>(&p);
-  parallel_items((p.n + elements - 1) / elements, p.dtype == DType::bf16 ? square_chunks<uint16_t> : square_chunks<float>, context);
+  parallel_items((p.n + elements - 1) / elements, p.n / 6, p.dtype == DType::bf16 ? square_chunks<uint16_t> : square_chunks<float>,
+                 context);
 }

@@ -9,6 +9,7 @@ inline int64_t g_threads = 1;
 
 inline void use_threads(int64_t n) {
   g_threads = n;
+  glmx::set_small_work(0);  // the cases are small
   glmx::ThreadPool pool{};
   pool.threads = [] { return g_threads; };
   pool.run = [](int64_t workers, void (*task)(void*, int64_t), void* context) {
