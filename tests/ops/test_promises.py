@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmx import _native, ops
-from tests.ops.cases import STEMS, Case, canonical, cases, evaluate, named_tensors, same_bits
+from tests.ops.cases import STEMS, Case, canonical, cases, evaluate, named_tensors, same_bits, with_grad
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LANDED = [name for names in STEMS.values() for name in names if name in ops.__all__]
@@ -51,6 +51,22 @@ def test_x1_same_bits_for_any_thread_count_and_any_run(case: Case, restore_threa
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert_same_bits(evaluate(ops, case), want, f"{threads} threads")
+
+
+@pytest.mark.parametrize("name", LANDED)
+def test_x4_the_same_bits_where_gradients_are_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(case: Case) -> dict[str, torch.Tensor]:
+        kwargs = with_grad(case.make(), case.grads)
+        return {key: out.detach() for key, out in named_tensors(getattr(ops, name)(**kwargs)).items()}
+
+    def autograd(*_args: Any) -> None:
+        raise AssertionError("autograd's bookkeeping, with nothing to differentiate")
+
+    trained = [run(case) for case in cases(name)]
+    monkeypatch.setattr(torch.autograd.Function, "apply", autograd)
+    for case, want in zip(cases(name), trained, strict=True):
+        with torch.no_grad():
+            assert_same_bits(run(case), want, str(case))
 
 
 @cache

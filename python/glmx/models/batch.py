@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 
@@ -45,12 +46,12 @@ class Batch:
     def num_tokens(self) -> int:
         return self.cu_seqlens_q[-1]
 
-    @property
+    @cached_property
     def q_lens(self) -> list[int]:
         """Number of new tokens per sequence."""
         return [b - a for a, b in pairwise(self.cu_seqlens_q)]
 
-    @property
+    @cached_property
     def cached_lens(self) -> list[int]:
         """Number of cached tokens per sequence."""
         if self.seq_lens is None:

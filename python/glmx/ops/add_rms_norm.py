@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmx.ops._library import check_model_dtype, check_same_dtype, op
+from glmx.ops._library import apply, check_model_dtype, check_same_dtype, op
 from glmx.ops.rms_norm import rms_norm_gradients
 
 _forward = op("add_rms_norm")
@@ -60,5 +60,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise ValueError(f"weight: expected shape [x.shape[-1]]: got {list(weight.shape)}, x is {list(x.shape)}")
     H = x.shape[-1]
     rows = x.reshape(-1, H).contiguous(), residual.reshape(-1, H).contiguous()
-    y, total = AddRmsNormFunction.apply(*rows, weight.contiguous(), eps)
+    y, total = apply(AddRmsNormFunction, *rows, weight.contiguous(), eps)
     return y.view(x.shape), total.view(x.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmx.ops._library import check_dim, check_model_dtype, check_same_dtype, op, weight_gradient
+from glmx.ops._library import apply, check_dim, check_model_dtype, check_same_dtype, op, weight_gradient
 
 _forward = op("embedding")
 _backward = op("embedding_backward")
@@ -46,4 +46,4 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     check_same_dtype(ids, "ids", torch.int64)
     check_dim(weight, "weight", 2)
     check_model_dtype(weight, "weight")
-    return EmbeddingFunction.apply(ids.contiguous(), weight)
+    return apply(EmbeddingFunction, ids.contiguous(), weight)

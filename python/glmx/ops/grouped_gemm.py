@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glmx.ops._library import check_dim, check_model_dtype, check_same_dtype, op, weight_gradient
+from glmx.ops._library import apply, check_dim, check_model_dtype, check_same_dtype, op, weight_gradient
 from glmx.ops.moe_combine import moe_combine
 
 _forward = op("grouped_gemm")
@@ -24,22 +24,17 @@ def _bias(bias: Tensor) -> Tensor:
     return bias if bias.dim() == 2 else bias.unsqueeze(0)
 
 
-def _compute(x_MK, w_ENK, bias_EN, offsets, row_token_R, silu_mul: bool, out_dtype, keep_preact: bool):
-    """(out, pre-activations [R, N] or None)."""
-    w = _experts(w_ENK)
-    rows, width = (x_MK if row_token_R is None else row_token_R).shape[0], w.shape[1]
-    out = x_MK.new_empty((rows, width // 2 if silu_mul else width), dtype=out_dtype)
-    preact_RN = x_MK.new_empty((rows, width)) if keep_preact else None
-    _forward(out, preact_RN, x_MK, w, offsets, row_token_R, None if bias_EN is None else _bias(bias_EN), silu_mul)
-    return out, preact_RN
-
-
 class GroupedGemmFunction(torch.autograd.Function):
-    """Shapes as in `grouped_gemm`; a dense w [N, K] and bias [N] pass as they are: their `main_grad` is seen."""
+    """Shapes as in `grouped_gemm`; a dense w [N, K] and bias [N] pass as they are (their `main_grad` is seen), with no
+    offsets.
+    """
 
     @staticmethod
     def forward(ctx, x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, silu_mul: bool, out_dtype: torch.dtype):
-        out, preact_RN = _compute(x_MK, w_ENK, bias_EN, offsets, row_token_R, silu_mul, out_dtype, keep_preact=silu_mul)
+        rows, width = (x_MK if row_token_R is None else row_token_R).shape[0], w_ENK.shape[-2]
+        out = x_MK.new_empty((rows, width // 2 if silu_mul else width), dtype=out_dtype)
+        preact_RN = x_MK.new_empty((rows, width)) if silu_mul and any(ctx.needs_input_grad) else None
+        _forward(out, preact_RN, x_MK, w_ENK, offsets, row_token_R, bias_EN, silu_mul)
         ctx.save_for_backward(x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, preact_RN)
         return out
 
@@ -48,6 +43,8 @@ class GroupedGemmFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, preact_RN = ctx.saved_tensors
         dy = dy.to(x_MK.dtype).contiguous()
+        if offsets is None:
+            offsets = torch.tensor([0, x_MK.shape[0]], dtype=torch.int32)
         if preact_RN is not None:
             d_preact_RN = torch.empty_like(preact_RN)
             torch.ops.glmx.silu_mul_backward(d_preact_RN, dy, preact_RN)
@@ -62,13 +59,6 @@ class GroupedGemmFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_bias = weight_gradient(bias_EN, lambda out, add: _bias_grad(_bias(out), dy, offsets, add))
         return dx, dw, d_bias, None, None, None, None, None
-
-
-def _apply(x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, silu_mul: bool, out_dtype: torch.dtype) -> Tensor:
-    inputs = (x_MK, w_ENK) if bias_EN is None else (x_MK, w_ENK, bias_EN)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return GroupedGemmFunction.apply(x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, silu_mul, out_dtype)
-    return _compute(x_MK, w_ENK, bias_EN, offsets, row_token_R, silu_mul, out_dtype, keep_preact=False)[0]
 
 
 def _weight_gradient(dy_RN, x_MK, w_ENK, offsets, row_token_R) -> Tensor | None:
@@ -145,7 +135,7 @@ def grouped_gemm(
     out_dtype = _output_dtype(x.dtype, out_dtype)
     x, w, bias, row_token = x.contiguous(), w.contiguous(), _contiguous(bias), _contiguous(row_token)
     offsets = expert_offsets.contiguous()
-    return _apply(x, w, bias, offsets, row_token, inverse, silu_mul, out_dtype)
+    return apply(GroupedGemmFunction, x, w, bias, offsets, row_token, inverse, silu_mul, out_dtype)
 
 
 def grouped_gemm_dgrad(
@@ -211,11 +201,6 @@ def grouped_gemm_wgrad(
     return out
 
 
-def _one_expert(rows: int) -> Tensor:
-    # Not cached: a tensor made under a fake-tensor mode must not be met again outside it.
-    return torch.tensor([0, rows], dtype=torch.int32)
-
-
 def linear(
     x: Tensor,
     w: Tensor,
@@ -248,7 +233,6 @@ def linear(
         raise ValueError(f"bias: expected shape [{w.shape[0]}] (w.shape[:1]): got {list(bias.shape)}")
     out_dtype = _output_dtype(x.dtype, out_dtype)
     rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-    offsets = _one_expert(rows.shape[0])
     w, bias = w.contiguous(), _contiguous(bias)
-    out = _apply(rows, w, bias, offsets, None, None, silu_mul, out_dtype)
+    out = apply(GroupedGemmFunction, rows, w, bias, None, None, None, silu_mul, out_dtype)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glmx.ops._library import check_dim, check_model_dtype, check_same_dtype, op, weight_gradient
+from glmx.ops._library import apply, check_dim, check_model_dtype, check_same_dtype, op, weight_gradient
 
 _forward = op("lm_head_logprob")
 _backward = op("lm_head_logprob_backward")
@@ -93,7 +93,7 @@ def lm_head_logprob(
         )
     if not 0 <= top_n <= weight.shape[0]:
         raise ValueError(f"top_n: expected 0 <= top_n <= weight.shape[0] == {weight.shape[0]}: got {top_n}")
-    out = LmHeadLogprobFunction.apply(
-        hidden.contiguous(), weight.contiguous(), ids.contiguous(), float(temperature), top_n
+    out = apply(
+        LmHeadLogprobFunction, hidden.contiguous(), weight.contiguous(), ids.contiguous(), float(temperature), top_n
     )
     return LogProbs(*out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmx.ops._library import check_dim, check_model_dtype, check_same_dtype, op
+from glmx.ops._library import apply, check_dim, check_model_dtype, check_same_dtype, op
 
 _forward = op("moe_combine")
 _backward = op("moe_combine_backward")
@@ -55,4 +55,4 @@ def moe_combine(rows: Tensor, topk_weights: Tensor | None, inverse: Tensor) -> T
         if topk_weights.shape != inverse.shape:
             raise ValueError(f"topk_weights: expected shape {list(inverse.shape)}: got {list(topk_weights.shape)}")
         topk_weights = topk_weights.contiguous()
-    return MoeCombineFunction.apply(rows.contiguous(), topk_weights, inverse.contiguous())
+    return apply(MoeCombineFunction, rows.contiguous(), topk_weights, inverse.contiguous())

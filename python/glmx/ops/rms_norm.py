@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmx.ops._library import check_model_dtype, check_same_dtype, op, weight_gradient
+from glmx.ops._library import apply, check_model_dtype, check_same_dtype, op, weight_gradient
 
 _forward = op("rms_norm")
 _backward = op("rms_norm_backward")
@@ -61,5 +61,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     check_same_dtype(weight, "weight", x.dtype)
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: expected shape [x.shape[-1]]: got {list(weight.shape)}, x is {list(x.shape)}")
-    y = RmsNormFunction.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps)
+    y = apply(RmsNormFunction, x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps)
     return y.view(x.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmx.ops._library import check_dim, check_model_dtype, check_same_dtype, op
+from glmx.ops._library import apply, check_dim, check_model_dtype, check_same_dtype, op
 
 _cos_sin = op("rope_cos_sin")
 _rotate = op("rope")
@@ -81,4 +81,4 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         check_dim(tensor, name, 2)
         if tensor.shape[0] != x.shape[0] or tensor.shape != cos.shape or 2 * tensor.shape[1] > x.shape[2]:
             raise ValueError(f"{name}: expected shape [x.shape[0], up to x.shape[2] / 2]: got {list(tensor.shape)}")
-    return RopeFunction.apply(x.contiguous(), cos.contiguous(), sin.contiguous(), interleaved)
+    return apply(RopeFunction, x.contiguous(), cos.contiguous(), sin.contiguous(), interleaved)

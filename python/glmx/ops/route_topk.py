@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glmx.ops._library import check_dim, check_same_dtype, op
+from glmx.ops._library import apply, check_dim, check_same_dtype, op
 
 _forward = op("route_topk")
 _backward = op("route_topk_backward")
@@ -102,4 +102,4 @@ def route_topk(
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k: expected 1 <= top_k <= {E} (experts): got {top_k}")
     options = _Options(n_group, topk_group, norm_topk_prob, routed_scaling_factor)
-    return RouteTopkFunction.apply(logits.contiguous(), bias.detach().contiguous(), top_k, options, return_scores)
+    return apply(RouteTopkFunction, logits.contiguous(), bias.detach().contiguous(), top_k, options, return_scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmx.ops._library import check_dim, check_model_dtype, op
+from glmx.ops._library import apply, check_dim, check_model_dtype, op
 
 _forward = op("silu_mul")
 _backward = op("silu_mul_backward")
@@ -49,4 +49,4 @@ def silu_mul(x: Tensor) -> Tensor:
     """
     check_model_dtype(x, "x")
     check_dim(x, "x", 2)
-    return SiluMulFunction.apply(x.contiguous())
+    return apply(SiluMulFunction, x.contiguous())

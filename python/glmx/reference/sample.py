@@ -67,9 +67,10 @@ def _sample_row(logits: torch.Tensor, seed: int, position: int, temperature: flo
             "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0: "
             f"got temperature={temperature}, top_p={top_p}, top_k={top_k}"
         )
-    ordered, ids = torch.sort(total_order(logits.float()), descending=True, stable=True)
+    score = total_order(logits.float())
     if temperature == 0:
-        return int(ids[0])
+        return int((score == score.max()).nonzero()[0])
+    ordered, ids = torch.sort(score, descending=True, stable=True)
     if top_k:
         ordered, ids = ordered[:top_k], ids[:top_k]
     running = torch.cumsum(_weights(ordered, temperature), dim=0)
