@@ -16,7 +16,7 @@ void parallel_items(int64_t items, int64_t work_ns, void (*body)(void* context, 
 // (Zen 3, libgomp): a region costs 1.4 us behind another one and 4 us after a pause of 2 ms, so that on an idle machine sharing pays from
 // 8 us of work on. When another process keeps one core busy, the caller waits until the scheduler lets its other thread in: 40 us on
 // average behind another region, 2.7 ms after a pause. At 50 us, a decode step of a small model risks that once, for its head, instead of
-// 28 times, and an idle machine loses at most 25 us - 4 us of waiting for an op.
+// 33 times, and an idle machine loses at most 25 us - 4 us of waiting for an op.
 inline constexpr int64_t kSmallWorkNs = 50'000;
 
 // Replaces kSmallWorkNs and returns what was in force. For tests: with 0 even the smallest op is shared out, so that small shapes prove
