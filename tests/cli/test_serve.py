@@ -55,7 +55,16 @@ def test_a_port_in_use(tmp_path, capsys):
         port = taken.getsockname()[1]
         code, _, err = run(capsys, tmp_path, "--port", port)
         assert code == 2 and f"port {port} of 127.0.0.1 is in use: choose another with --port" in err
-    with server.listen("127.0.0.1", port) as again:  # free again at once
+
+
+def test_a_port_is_free_again_at_once():
+    """Although the kernel keeps the ends of connections that the server closed for a minute."""
+    with server.listen("127.0.0.1", 0) as first, socket.create_connection(first.getsockname()) as client:
+        port = first.getsockname()[1]
+        first.setblocking(True)
+        first.accept()[0].close()
+        assert client.recv(1) == b""
+    with server.listen("127.0.0.1", port) as again:
         assert server.url_of(again).endswith(f":{port}")
 
 

@@ -137,8 +137,11 @@ def test_an_error_in_a_stream_is_its_last_event(llm):
 
 
 def test_what_nobody_foresaw_is_500_without_its_words(llm):
-    status, code, _ = refusal(llm, Script(refuse=RuntimeError("secret path"), after=0), complete)
-    assert (status, code) == (500, "internal_error")
+    with pytest.raises(openai.InternalServerError) as error:
+        call(llm, Script(refuse=RuntimeError("secret path"), after=0), complete)
+    assert error.value.code == "internal_error" and error.value.response.json()["error"]["message"] == (
+        "internal error: RuntimeError"
+    )
 
 
 def test_default_max_tokens(llm):

@@ -312,6 +312,8 @@ def test_unknown_route_is_404(client):
     with pytest.raises(openai.NotFoundError) as error:
         client.embeddings.create(model="tiny", input="x")
     assert refused(error)[1]["code"] == "unknown_route" and "/v1/embeddings" in refused(error)[1]["message"]
+    with pytest.raises(openai.NotFoundError, match="did you mean /v1/completions") as error:
+        client.post("/completions/", body={}, cast_to=object)
 
 
 def test_wrong_method_is_405(client):

@@ -293,10 +293,7 @@ def _first_word(message: str, names: dict[str, Any]) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    try:
-        text = msgspec.json.encode(value).decode()
-    except RecursionError:
-        return "nested too deeply"
+    text = msgspec.json.encode(value).decode()
     return text if len(text) <= 64 else f"{text[:60]} ..."
 
 
