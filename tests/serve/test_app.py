@@ -31,15 +31,18 @@ class Script:
 
     alive, running, waiting = True, 0, 0
 
-    def __init__(self, *deltas, refuse=None, after=10**9):
-        self.deltas, self.refuse, self.after = deltas, refuse, after
+    def __init__(self, *deltas, refuse=None, after=10**9, at_once=False):
+        self.deltas, self.refuse, self.after, self.at_once = deltas, refuse, after, at_once
         self.submitted, self.cancelled = [], []
 
     def submit(self, prompt_token_ids, params, on_delta):
         if self.refuse is not None and len(self.submitted) >= self.after:
             raise self.refuse
         self.submitted.append((list(prompt_token_ids), params))
-        threading.Thread(target=lambda: [on_delta(delta) for delta in self.deltas]).start()
+        thread = threading.Thread(target=lambda: [on_delta(delta) for delta in self.deltas])
+        thread.start()
+        if self.at_once:  # all deltas are there before the first is looked at
+            thread.join()
         return len(self.submitted)
 
     def cancel(self, job):
@@ -114,8 +117,9 @@ def test_a_failed_job_is_500_and_the_others_are_taken_back(llm):
     assert error.value.code == "internal_error" and worker.cancelled == [1, 2]
 
 
-def test_an_error_in_a_stream_is_its_last_event(llm):
-    worker = Script(Delta("abc", [1]), Delta(error="the engine failed"))
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_error_in_a_stream_is_its_last_event(llm, at_once):
+    worker = Script(Delta("abc", [1]), Delta(error="the engine failed"), at_once=at_once)
     seen = []
 
     async def stream(client, api):

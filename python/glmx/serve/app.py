@@ -223,17 +223,21 @@ class _Deltas:
             log.debug("a delta came after the event loop had ended")
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """What has come since the last time, in order, until every job has ended. Raises ApiError for a failed one."""
+        """What has come since the last time, in order, until every job has ended.
+
+        Raises ApiError for a job that failed, after what came before its failure.
+        """
         left = len(self._jobs)
         while left:
             batch = [await self._queue.get()]
             while not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            for _, delta in batch:
-                if delta.error is not None:
-                    raise ApiError(500, delta.error, type="server_error", code="internal_error")
-                left -= delta.finish_reason is not None
-            yield batch
+            failed = next((i for i, (_, delta) in enumerate(batch) if delta.error is not None), len(batch))
+            if failed:
+                yield batch[:failed]
+            if failed < len(batch):
+                raise ApiError(500, batch[failed][1].error or "", type="server_error", code="internal_error")
+            left -= sum(delta.finish_reason is not None for _, delta in batch)
 
     def cancel(self) -> None:
         """Takes back what has not ended; jobs that have are none of the worker's any more."""
