@@ -11,16 +11,22 @@ one) needs a process from scratch. `BEFORE` below is what a job may ask of its c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
+HANGS_S = 300  # far beyond what any of the tests' commands takes
 PACKAGES = Path(__file__).resolve().parent.parent / "python"
 
 
@@ -69,7 +75,14 @@ class Warm:
         return Child(self, self.read()["pid"], files)
 
     def run(self, argv: list[str], cwd: Path, **before: Any) -> tuple[int, str, str]:
-        return self.start(argv, cwd, **before).wait()
+        """A command that ends by itself; one that does not is killed, and its code is -9."""
+        child = self.start(argv, cwd, **before)
+        timer = threading.Timer(HANGS_S, os.kill, (child.pid, signal.SIGKILL))
+        timer.start()
+        try:
+            return child.wait()
+        finally:
+            timer.cancel()
 
     def read(self) -> dict[str, Any]:
         assert self.server.stdout
@@ -91,12 +104,6 @@ def import_from(folder: str) -> None:
 def largest_file(size: int) -> None:
     """No file may grow beyond `size` bytes: writes fail as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def address_space(size: int) -> None:
-    """At most `size` bytes of memory beyond what the process has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size, -1))
 
 
 def standard_output(path: str) -> None:
@@ -121,19 +128,20 @@ def obey_permissions(_: bool) -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-BEFORE = (import_from, largest_file, address_space, standard_output, call, obey_permissions)
+BEFORE = (import_from, largest_file, standard_output, call, obey_permissions)
+
+
+# Everything that a command imports, so that a fork starts with it. matplotlib and httptools are not: faults hide them.
+PRELOADED = (
+    *(f"glmx.cli.{command}" for command in ("demo", "env", "generate", "pretrain", "serve")),
+    *("glmx.data.packing", "glmx.models.checkpoint", "glmx.serve.llm", "glmx.train.loop"),
+    *("starlette.applications", "uvicorn", "uvloop"),
+)
 
 
 def serve() -> None:
-    # Everything that a command imports, so that a fork starts with it. matplotlib is not: a fault hides it.
-    import glmx.cli.demo
-    import glmx.cli.env
-    import glmx.cli.generate
-    import glmx.cli.pretrain
-    import glmx.data.packing
-    import glmx.models.checkpoint
-    import glmx.serve.llm
-    import glmx.train.loop  # noqa: F401
+    for module in PRELOADED:
+        importlib.import_module(module)
     from glmx.cli.main import main
 
     def say(**message: Any) -> None:
@@ -151,9 +159,24 @@ def serve() -> None:
             for function in BEFORE:
                 if function.__name__ in job["before"]:
                     function(job["before"][function.__name__])
-            sys.exit(main(job["argv"]))
+            exit_with(main, job["argv"])
         say(pid=pid)
         say(code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def exit_with(main: Any, argv: list[str]) -> None:
+    """Ends the process without Python's own clean-up, which takes a second where torch is loaded."""
+    code: Any = 1
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ def log_kernel(op: str, variant: str) -> None:
 
 def describe() -> dict[str, Any]:
     """Everything `glmx env` shows, as plain data."""
+    core = native()  # first: a wrong GLMX_ISA is an error before torch takes its seconds
     import torch
 
-    core = native()
     return {
         "glmx": core.build_info(),
         "python": sys.version.split()[0],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy
 import pytest
+import torch
 
 from glmx.cli import main as cli
 from glmx.errors import CheckpointError
@@ -53,6 +55,31 @@ def test_a_users_mistake_is_one_line_and_traceback_is_on_request(monkeypatch, ca
     assert capsys.readouterr().err == "glmx generate: no config.json in 'nowhere'\n"
     with pytest.raises(CheckpointError):
         cli.main(["--traceback", *argv])
+
+
+@pytest.mark.parametrize(
+    "allocate, words",
+    [
+        (lambda: bytes(2**62), "out of memory"),
+        (lambda: numpy.empty(2**48), "out of memory: Unable to allocate 2.00 PiB"),
+        (lambda: torch.empty(2**60), f"out of memory: could not allocate {4 * 2**60} bytes"),
+    ],
+)
+def test_no_memory_is_one_line(monkeypatch, capsys, allocate, words):
+    from glmx.cli import env
+
+    monkeypatch.setattr(env, "run", lambda args: allocate())
+    assert cli.main(["env"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"glmx env: {words}") and err.count("\n") == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    from glmx.cli import env
+
+    monkeypatch.setattr(env, "run", lambda args: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["env"])
 
 
 def test_interrupt_exits_130(monkeypatch):

@@ -11,6 +11,7 @@ dropout. So the children here draw a factor of the learning rate at each step; a
 restored wrongly shows in the weights.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,13 +70,17 @@ def records(out, step):
     return found
 
 
-def kill_in_a_write(child, out, rng, seconds):
-    """Waits for the next checkpoint to be begun, and then for no longer than one takes: often not at all."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not any(name.startswith(".tmp-step") for name in listing(out)):
-        time.sleep(0.0005)
-    time.sleep(rng.choice((0, 0, 0.005, 0.02)))
-    os.kill(child.pid, signal.SIGKILL)
+def wait_for_a_write(child, out, step, before):
+    """Until `child` writes a checkpoint of at least `step` (not one of the names in `before`), or has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        while not any(name >= f".tmp-step-{step:08d}" for name in unfinished(out) - before):
+            os.kill(child.pid, 0)
+            time.sleep(0.0005)
+
+
+def unfinished(out):
+    """The temporary files and directories in `out`. A killed run leaves them; the next start removes them."""
+    return {name for name in listing(out) if name.startswith(".tmp-")}
 
 
 def listing(out):
@@ -98,21 +103,27 @@ def test_twenty_kills_resume_to_the_same_bits(raw, tmp_path, warm):
     compared, finished = set(), False
     while kills < KILLS or not finished:
         in_a_write = kills % 3 == 2
+        before, step = (
+            unfinished(out),
+            max((int(name[5:]) for name in listing(out) if name.startswith("step-")), default=0),
+        )
         # In a write with old checkpoints to drop: all of them have been compared.
         child = warm.start(
             command(raw, out, **{"checkpoint.keep": 3 if in_a_write and kills < KILLS else 1000}), tmp_path, call=DRAW
         )
         if kills < KILLS:
             if in_a_write:
-                kill_in_a_write(child, out, rng, seconds)
+                wait_for_a_write(child, out, step + rng.randint(2, 3), before)
+                time.sleep(rng.choice((0, 0, 0.005, 0.02)))
             else:
                 time.sleep(rng.uniform(0, seconds / 4))
+            with contextlib.suppress(ProcessLookupError):  # the run has come to its end meanwhile
                 os.kill(child.pid, signal.SIGKILL)
         code, _, err = child.wait()
         assert code in (0, -signal.SIGKILL), err
         finished = code == 0
         resumed += "resumed" in err
-        in_write += not finished and any(name.startswith(".tmp-") for name in listing(out))
+        in_write += not finished and bool(unfinished(out) - before)
         kills += not finished
 
         last = checkpoint.latest(out) if out.is_dir() else None
@@ -121,11 +132,11 @@ def test_twenty_kills_resume_to_the_same_bits(raw, tmp_path, warm):
                 assert identity(path) == expected[path.name], f"{path.name} after {kills} kills"
                 compared.add(path)
         if last:
-            step = int(last.name[5:])
-            assert records(out, step) == records(whole, step)
+            reached = int(last.name[5:])
+            assert records(out, reached) == records(whole, reached)
         if finished:
             assert last.name == checkpoint.step_name(STEPS)
-            assert not any(name.startswith(".tmp-") for name in listing(out))
+            assert not unfinished(out)
             if kills < KILLS:
                 out, runs = tmp_path / f"killed-{runs}", runs + 1
     print(f"{kills} kills, {in_write} in a write, {resumed} resumes, {runs} runs, {len(compared)} checkpoints compared")

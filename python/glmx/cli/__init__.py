@@ -1,1 +1,14 @@
+"""The `glmx` command, one module per subcommand."""
 
+import sys
+
+
+def write_out(text: str) -> None:
+    """Text to standard output at once. Raises OSError, which names it: a full disk behind a redirection."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
+import math
+import os
+import shutil
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from glmx.data.corpus import Corpus
     from glmx.data.tokenizer import Tokenizer
     from glmx.serve.llm import LLM
+    from glmx.train.config import PretrainConfig
 
 # The demo's model: 13.8 M parameters of which 5.7 M work on a token. Sized so that the token budget below takes some
 # minutes on two cores; shapes follow GLM-4.5 (first layer dense, sigmoid router, one shared expert, one MTP layer).
@@ -71,22 +78,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from glmx.train.checkpoint import lock, making
+    from glmx.train.loop import pretrain
+    from glmx.train.plot import require_matplotlib
+
     if args.tokens < SEQ_LEN * BATCH_ROWS:
         raise ConfigError(f"--tokens {args.tokens}: expected at least one step, {SEQ_LEN * BATCH_ROWS}")
-    if args.minutes < 0:
+    if not 0 <= args.minutes < math.inf:
         raise ConfigError(f"--minutes {args.minutes:g}: expected 0 (no bound) or more")
     if args.device not in ("auto", "cpu"):
         raise UnsupportedError(f"--device {args.device}: the demo runs on cpu so far (auto or cpu)")
+    require_matplotlib()
+    config = run_config(args)
     console = Console(highlight=False)
     begun = time.monotonic()
-    corpus, tokenizer = prepare(args, console)
+    with making(args.out):
+        handle = lock(args.out)
+        corpus, tokenizer = prepare(args, console)
     console.rule("training")
-    result = train(args)
+    result = pretrain(config)
+    if result.reason.startswith("SIG"):
+        return 128 + signal.Signals[result.reason]
     console.rule("results")
     report(args, console, corpus, tokenizer, result)
     complete(console, corpus, result.checkpoint)
     console.rule(f"done in {(time.monotonic() - begun) / 60:.1f} minutes")
     next_steps(args, console, result.checkpoint)
+    os.close(handle)
     return 0
 
 
@@ -94,23 +112,18 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Corpus, Tokenizer]:
     """Corpus, tokenizer and token shards under OUT/data, and OUT/model/config.json. What is there already is reused."""
     from glmx.data import corpus as corpora
     from glmx.data import tokenizer as tokenizers
-    from glmx.data.shards import TokenShards, write_documents
+    from glmx.data.shards import TokenShards
     from glmx.models.config import ModelConfig
 
     corpus = corpora.load(args.corpus)
     console.print(corpus.summary(), markup=False, soft_wrap=True)
     data = args.out / "data"
-    made_of = {"corpus": corpus.sha256, "vocab_size": VOCAB}
+    made_of = json.dumps({"corpus": corpus.sha256, "vocab_size": VOCAB})
     stamp = data / "made-of.json"
-    if not (stamp.is_file() and json.loads(stamp.read_text()) == made_of):
+    if not (stamp.is_file() and stamp.read_bytes() == made_of.encode()):
         begun = time.monotonic()
-        texts = [document.text for document in corpus.train]
-        tokenizer = tokenizers.train(texts, VOCAB)
-        data.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(data)
-        write_documents(data, "train", tokenizer, texts)
-        write_documents(data, "heldout", tokenizer, [document.text for document in corpus.heldout])
-        stamp.write_text(json.dumps(made_of))
+        tokenizer = tokenizers.train([document.text for document in corpus.train], VOCAB)
+        write_data(data, corpus, tokenizer, made_of)
         console.print(f"tokenizer {VOCAB} tokens, trained in {time.monotonic() - begun:.0f} s")
     tokenizer = tokenizers.Tokenizer.from_dir(data)
     shards = TokenShards.open(data, "train")
@@ -123,17 +136,43 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Corpus, Tokenizer]:
     )
     total, active = config.num_parameters(), config.num_active_parameters()
     console.print(f"model     {args.arch}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M work on a token")
-    (args.out / "model").mkdir(parents=True, exist_ok=True)
-    (args.out / "model" / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    with writing(args.out / "model") as folder:
+        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     return corpus, tokenizer
 
 
-def train(args: argparse.Namespace) -> Any:
+def write_data(data: Path, corpus: Corpus, tokenizer: Tokenizer, made_of: str) -> None:
+    from glmx.data.shards import write_documents
+
+    with writing(data) as folder:
+        tokenizer.save(folder)
+        for name, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
+            write_documents(folder, name, tokenizer, [document.text for document in documents])
+        (folder / "made-of.json").write_text(made_of)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the place of `folder` when it is complete. Raises ConfigError."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed demo
+        temporary.mkdir()
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"could not write {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def run_config(args: argparse.Namespace) -> PretrainConfig:
     """The run itself, under OUT/run; an ordinary `glmx pretrain` configuration."""
     from glmx.train.config import make_config
-    from glmx.train.loop import pretrain
 
-    config = make_config(
+    return make_config(
         {
             "model": str(args.out / "model"),
             "out": str(args.out / "run"),
@@ -152,7 +191,6 @@ def train(args: argparse.Namespace) -> Any:
             "eval": {"every_steps": 50, "tokens": 15_000},
         }
     )
-    return pretrain(config)
 
 
 def report(args: argparse.Namespace, console: Any, corpus: Corpus, tokenizer: Tokenizer, result: Any) -> None:

@@ -23,7 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from glmx.cli import write_out
+    from glmx.errors import ConfigError
     from glmx.serve.llm import LLM, RequestOutput, SamplingParams
+
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that Python could not decode
+        raise ConfigError(f"--prompt {ascii(args.prompt)}: not UTF-8 text at character {error.start}") from None
 
     params = SamplingParams(
         max_tokens=args.max_tokens,
@@ -37,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
         (out,) = llm.generate([args.prompt], params)
         print(json.dumps(dataclasses.asdict(out), ensure_ascii=False))
         return 0
-    print(args.prompt, end="", flush=True)
+    write_out(args.prompt)
     try:
         for piece in llm.stream(args.prompt, params):
             if not isinstance(piece, RequestOutput):
-                print(piece, end="", flush=True)
+                write_out(piece)
     finally:
-        print(flush=True)
+        write_out("\n")
     return 0

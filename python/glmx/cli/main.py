@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from glmx import __version__
+from glmx.cli import write_out
 from glmx.errors import GlmxError
 
 COMMANDS = {
@@ -53,18 +55,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((arg for arg in argv if not arg.startswith("-")), None)
     args = _build_parser(command).parse_args(argv)
     try:
-        return importlib.import_module(f"glmx.cli.{args.command}").run(args)
+        code = importlib.import_module(f"glmx.cli.{args.command}").run(args)
+        write_out("")  # what is buffered, while a full disk can still be reported
+        return code
     except BrokenPipeError:
         # The reader (head, less) has gone; without this the interpreter complains again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         return 130
-    except (GlmxError, ValueError, TypeError, OSError) as error:
-        if args.traceback:
+    except (GlmxError, ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        what = _explain(error)
+        if args.traceback or what is None:
             raise
-        print(f"glmx {args.command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"glmx {args.command}: {what}", file=sys.stderr)
         return 2
+
+
+def _explain(error: Exception) -> str | None:
+    """The error in one line; None for what is no mistake of the user."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):  # Python's has no text, numpy's says how much
+        return "out of memory" if line == "MemoryError" else f"out of memory: {line}"
+    if isinstance(error, RuntimeError):  # torch's allocator raises no type of its own
+        wanted = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", line)
+        return f"out of memory: could not allocate {wanted[1]} bytes" if wanted else None
+    return line
 
 
 if __name__ == "__main__":

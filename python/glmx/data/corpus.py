@@ -122,13 +122,17 @@ def _version_of(base: Path) -> str:
 
 
 def _walk(base: Path, keep_dir: Callable[[str], bool], keep: Callable[[str], bool]) -> Iterator[str]:
-    for folder, dirs, files in os.walk(base):
+    for folder, dirs, files in os.walk(base, onerror=_raise):
         dirs[:] = sorted(d for d in dirs if keep_dir(d))
         prefix = Path(folder).relative_to(base).as_posix()
         for name in sorted(files):
             path = name if prefix == "." else f"{prefix}/{name}"
             if keep(path) and (base / path).is_file():
                 yield path
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _stdlib_names(base: Path) -> list[str]:
@@ -156,12 +160,14 @@ def _build(source: str, base: Path, names: list[str], min_bytes: int) -> Corpus:
             duplicates += 1
             continue
         seen.add(digest)
-        documents.append(Document(name, data))
+        # A name that is not UTF-8 is shown, and hashed, with its odd bytes spelled out.
+        documents.append(Document(os.fsencode(name).decode("utf-8", "backslashreplace"), data))
     total = sum(len(d.data) for d in documents)
     if total < min_bytes:
+        odd = f" ({not_utf8} more are not UTF-8)" if not_utf8 else ""
         raise ConfigError(
-            f"{source} at {base}: {total:,} bytes of text in {len(documents)} files is too little to train "
-            f"on (at least {min_bytes:,} bytes); give another directory of text with --corpus DIR"
+            f"{source} at {base}: {total:,} bytes of text in {len(documents)} files{odd} is "
+            f"too little to train on (at least {min_bytes:,} bytes); give another directory of text with --corpus DIR"
         )
     digest_all = hashlib.sha256()
     for d in documents:

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -79,7 +80,7 @@ def write(
         raise
     except Exception as error:  # safetensors has its own error type, and so has the caller's save_model
         shutil.rmtree(tmp, ignore_errors=True)
-        raise CheckpointError(f"could not write {final}: {error}; {_left(out)}") from error
+        raise CheckpointError(f"could not write {final}: {_reason(error)}; {_left(out)}") from error
     for old in _steps(out)[:-keep]:
         if old != final:
             _retire(old)
@@ -198,6 +199,13 @@ def _replace(path: Path, content: bytes) -> None:
     except OSError as error:
         tmp.unlink(missing_ok=True)
         raise CheckpointError(f"could not write {path}: {error.strerror}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The system's words, which safetensors wraps in its own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return re.sub(r"^.*I/O error: (.*) \(os error \d+\)$", r"\1", str(error))
 
 
 def _left(out: Path) -> str:

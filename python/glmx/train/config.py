@@ -229,6 +229,7 @@ def _explain(message: str, raw: dict[str, Any]) -> str:
     """msgspec's "Expected `float`, got `str` - at `$.optim.lr`" with the key first and the value given."""
     what, _, path = message.partition(" - at `$.")
     path = path.rstrip("`")
+    what = re.sub(r"`(float|int|str|bool|object)`", r"\1", what)
     if missing := re.search(r"missing required field `(\w+)`", what):
         name = f"{path}.{missing[1]}" if path else missing[1]
         return f"{name} is missing: it has no default"

@@ -40,6 +40,14 @@ PANELS = {
 BASELINE_STYLES = ((0, (1, 1.5)), (0, (4, 2)), (0, (6, 2, 1, 2)), "-")
 
 
+def require_matplotlib() -> None:
+    """Raises UnsupportedError without matplotlib: for a command to call before its work, at whose end it plots."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise UnsupportedError("plots need matplotlib: pip install 'glmx[train]'") from e
+
+
 def plot_run(
     log: str | os.PathLike[str],
     png: str | os.PathLike[str],
@@ -52,12 +60,11 @@ def plot_run(
     Raises ConfigError when the log is missing or has no step yet, UnsupportedError without matplotlib.
     """
     steps, heldout = read_log(log)
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UnsupportedError("plots need matplotlib: pip install 'glmx[train]'") from e
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # The picture must not depend on the user's matplotlibrc.
     style: Any = {
         "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",

@@ -38,6 +38,7 @@ class Run:
         self.config, self.model, self.heldout, self.rows = config, model, heldout, rows
         self.out = Path(config.out)
         self.tokenizer_dir = _tokenizer_dir(config)
+        self.byte_lengths = self._byte_lengths()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.saved: Path | None = None
         self.lock = -1
@@ -170,7 +171,7 @@ class Run:
             context=int(seq_len * HELDOUT_CONTEXT),
             every=1 if last or not limit else -(-self.heldout.num_tokens // limit),
         )
-        lengths = self._byte_lengths()
+        lengths = self.byte_lengths
         nats, targets, size = [], 0, 0
         self.model.eval()
         for micro in batches:
@@ -189,12 +190,12 @@ class Run:
         }
 
     def _byte_lengths(self) -> torch.Tensor | None:
-        if self.tokenizer_dir is None:
+        """Of each token, where held-out text is measured and a tokenizer found. Raises ConfigError for another one."""
+        if self.tokenizer_dir is None or self.heldout is None:
             return None
         from glmx.data.tokenizer import Tokenizer
 
         tokenizer: Tokenizer = Tokenizer.from_dir(self.tokenizer_dir)
-        assert self.heldout is not None
         if self.heldout.tokenizer_sha256 and tokenizer.sha256 != self.heldout.tokenizer_sha256:
             raise ConfigError(
                 f"{self.tokenizer_dir}/tokenizer.json is not the tokenizer that {self.config.data.shards} was made with"
