@@ -290,8 +290,8 @@ def next_steps(args: argparse.Namespace, console: Any, checkpoint: Path) -> None
     console.print(
         f"checkpoint  {checkpoint} (a Hugging Face directory)\n"
         f"try next    glmx generate {checkpoint} --prompt 'import os' --max-tokens 64\n"
-        f"            glmx demo --tokens {2 * TOKENS} --out longer-run\n"
-        f"            glmx env",
+        f"            glmx serve {checkpoint}\n"
+        f"            glmx demo --tokens {2 * TOKENS} --out longer-run",
         markup=False,
         soft_wrap=True,
     )
