@@ -27,7 +27,7 @@ CPP = ROOT / "build/cpp-plain/tests/cpp"
 HASWELL = "Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm"
 # The others take half a minute under emulation; the C++ digest and the model run them on the Haswell too.
 STEMS = ["rms_norm", "add_rms_norm", "silu_mul", "rope", "embedding", "route_topk", "expert_plan", "moe_combine"]
-STEMS.append("sum_squares")
+STEMS += ["sum_squares", "layer_norm", "cache_append"]
 # Attention is torch's SDPA, which picks its kernels and MKL's by the CPU's name. One choice for both runs.
 SAME_TORCH = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
 

@@ -10,11 +10,15 @@
   void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);        \
   void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);        \
   void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p); \
+  void head_gemm(const HeadGemmParams& p);                         \
+  void head_gemm_wgrad(const HeadGemmWgradParams& p);              \
   void moe_combine(const MoeCombineParams& p);                     \
   void moe_combine_backward(const MoeCombineBackwardParams& p);    \
   void rms_norm(const RmsNormParams& p);                           \
   void rms_norm_backward(const RmsNormBackwardParams& p);          \
   void add_rms_norm(const AddRmsNormParams& p);                    \
+  void layer_norm(const LayerNormParams& p);                       \
+  void layer_norm_backward(const LayerNormBackwardParams& p);      \
   void silu_mul(const SiluMulParams& p);                           \
   void silu_mul_backward(const SiluMulBackwardParams& p);          \
   void rope_cos_sin(const RopeCosSinParams& p);                    \
@@ -30,6 +34,7 @@
 namespace glmx::cpu::base {
 GLMX_VECTOR_KERNELS
 int64_t expert_plan(const ExpertPlanParams& p);  // scalar; the index of the first bad id, or -1
+void cache_append(const CacheAppendParams& p);   // copies: the C library chooses its vectors
 }  // namespace glmx::cpu::base
 namespace glmx::cpu::avx2 {
 GLMX_VECTOR_KERNELS

@@ -7,12 +7,15 @@ OpInfo route_topk_info();
 OpInfo expert_plan_info();
 OpInfo grouped_gemm_bf16_info();
 OpInfo grouped_gemm_fp32_info();
+OpInfo head_gemm_info();
 OpInfo moe_combine_info();
 OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();
+OpInfo layer_norm_info();
 OpInfo silu_mul_info();
 OpInfo rope_info();
 OpInfo embedding_info();
+OpInfo cache_append_info();
 OpInfo lm_head_logprob_info();
 OpInfo sum_squares_info();
 }  // namespace glmx

@@ -50,6 +50,18 @@ inline void* data(const Tensor& t, const char* name, DType dtype, std::initializ
   return t.data_ptr();
 }
 
+// The data of a CPU tensor of this dtype and rank whose last dimension is dense; the others may have any stride. The caller reads size(i)
+// and stride(i).
+inline void* view_data(const Tensor& t, const char* name, DType dtype, int64_t dim) {
+  GLMX_CHECK(t.is_cpu(), name, ": expected a CPU tensor: this build has no kernel for its device");
+  const DType got = dtype_of(t, name);
+  GLMX_CHECK(got == dtype, name, ": expected dtype ", dtype_name(dtype), ": got ", dtype_name(got));
+  GLMX_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions: got shape ", shape_of(t));
+  GLMX_CHECK(t.numel() == 0 || t.size(dim - 1) == 1 || t.stride(dim - 1) == 1, name, ": expected stride 1 in the last dimension: got ",
+             t.stride(dim - 1));
+  return t.data_ptr();
+}
+
 // fp32 or bf16.
 inline DType model_dtype(const Tensor& t, const char* name) {
   const DType d = dtype_of(t, name);

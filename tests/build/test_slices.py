@@ -12,6 +12,7 @@ from tests.build.tree import OPS_H, ROOT, relative, sources, stems
 # Ops without vector work: one plain kernel serves every instruction set. Each says why.
 BASE_ONLY = {
     "expert_plan": "a counting sort of int32: no arithmetic that a wider vector would speed up",
+    "cache_append": "copies: memcpy is the C library's, which picks its own vectors",
 }
 BENCHED = ["grouped_gemm"]  # every op from step 5
 

@@ -1,4 +1,4 @@
-"""Shared inputs of the op tests: seeded cases per op, and `evaluate`, which runs one with its gradients.
+"""Shared inputs of the op tests, and `evaluate`, which runs one. Above 800 lines: one list that all op tests read.
 
 Values come from integers, so they have the same bits on every machine (torch.randn does not). The same cases
 feed the oracle tests, the repeat tests, the ISA comparison and the golden bits. Legend: T tokens, H hidden, E
@@ -26,12 +26,15 @@ NAN, INF = float("nan"), float("inf")
 STEMS = {
     "rms_norm": ("rms_norm",),
     "add_rms_norm": ("add_rms_norm",),
+    "layer_norm": ("layer_norm",),
     "silu_mul": ("silu_mul",),
     "rope": ("rope", "rope_cos_sin"),
     "embedding": ("embedding",),
+    "cache_append": ("cache_append",),
     "route_topk": ("route_topk",),
     "expert_plan": ("expert_plan",),
     "grouped_gemm": ("grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad", "linear"),
+    "head_gemm": ("head_gemm",),
     "moe_combine": ("moe_combine",),
     "lm_head_logprob": ("lm_head_logprob",),
     "sum_squares": ("sum_squares",),
@@ -173,6 +176,29 @@ def add_rms_norm_cases() -> Iterator[Case]:
         yield Case("add_rms_norm", case.name, make, ("x", "residual", "weight"))
 
 
+def layer_norm_cases() -> Iterator[Case]:
+    for case in rms_norm_cases():
+
+        def make(case: Case = case) -> dict[str, Any]:
+            kwargs = case.make()
+            weight = kwargs["weight"]
+            return {**kwargs, "bias": values(weight.shape[0], seed=78, dtype=weight.dtype)}
+
+        yield Case("layer_norm", case.name, make, ("x", "weight", "bias"))
+    for dtype in DTYPES:
+        yield Case(
+            "layer_norm",
+            f"{tag(dtype)}-offset",  # a mean far from zero, which a variance from sums of squares would not survive
+            lambda dtype=dtype: {
+                "x": (values(5, 50, scale=0.25) + torch.tensor([0.0, 3.0, -40.0, 100.0, 1000.0])[:, None]).to(dtype),
+                "weight": values(50, seed=1, dtype=dtype),
+                "bias": values(50, seed=2, dtype=dtype),
+                "eps": 1e-6,
+            },
+            ("x", "weight", "bias"),
+        )
+
+
 def silu_mul_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for T, I in [(1, 1), (4, 16), (3, 23), (40, 65), (0, 8)]:
@@ -257,6 +283,59 @@ def embedding_cases() -> Iterator[Case]:
             f"{tag(dtype)}-wild",
             lambda dtype=dtype: {"ids": ids(20, high=6), "weight": wild(6, 19, dtype=dtype)},
             ("weight",),
+        )
+
+
+def cache_append_cases() -> Iterator[Case]:
+    def slots(T: int, rows: int) -> torch.Tensor:
+        """Distinct slots in no order; every fifth token is skipped."""
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(T))[:T]
+        return torch.where(torch.arange(T) % 5 == 4, -1, order)
+
+    for dtype in DTYPES:
+        for T, W, rows, stride, column in [
+            (1, 1, 1, 1, 0),
+            (7, 16, 64, 16, 0),
+            (9, 17, 20, 40, 23),
+            (70, 576, 128, 576, 0),
+            (3, 300, 5, 700, 129),
+            (0, 8, 4, 8, 0),
+        ]:
+
+            def make(
+                T: int = T,
+                W: int = W,
+                rows: int = rows,
+                stride: int = stride,
+                column: int = column,
+                dtype: torch.dtype = dtype,
+            ):
+                return {
+                    "cache": values(rows, stride, seed=1, dtype=dtype),
+                    "rows": values(T, W, dtype=dtype),
+                    "slot_mapping": slots(T, rows),
+                    "column": column,
+                }
+
+            yield Case("cache_append", f"{tag(dtype)}-{T}x{W}-in-{rows}x{stride}-at-{column}", make)
+        yield Case(
+            "cache_append",
+            f"{tag(dtype)}-slots-twice",  # the later token stays, for any number of threads
+            lambda dtype=dtype: {
+                "cache": values(6, 600, seed=1, dtype=dtype),
+                "rows": values(200, 600, dtype=dtype),
+                "slot_mapping": ids(200, low=-1, high=5),
+            },
+        )
+        yield Case(
+            "cache_append",
+            f"{tag(dtype)}-wild",
+            lambda dtype=dtype: {
+                "cache": torch.zeros(8, 33, dtype=dtype),
+                "rows": wild(6, 30, dtype=dtype),
+                "slot_mapping": torch.tensor([5, 0, -1, 7, 1, 2]),
+                "column": 2,
+            },
         )
 
 
@@ -603,6 +682,59 @@ def grouped_gemm_cases() -> Iterator[Case]:
         lambda: {"x": values(2, 3, 40, dtype=BF16), "w": values(5, 40, seed=1, dtype=BF16), "out_dtype": F32},
         ("x", "w"),
     )
+
+
+def head_gemm_cases() -> Iterator[Case]:
+    def weight(A: int, N: int, K: int, transposed: bool, make: Callable = values, **kwargs: Any) -> torch.Tensor:
+        return make(A, *((K, N) if transposed else (N, K)), seed=1, **kwargs)
+
+    for dtype, transposed in itertools.product(DTYPES, (False, True)):
+        kind = f"{tag(dtype)}-{'kn' if transposed else 'nk'}"
+        for T, A, N, K in [
+            (1, 1, 1, 1),
+            (5, 3, 16, 32),
+            (7, 2, 33, 50),
+            (40, 2, 70, 97),
+            (0, 2, 8, 8),
+            (300, 1, 20, 40),  # rows above a block of 288
+            (3, 2, 262, 140),  # columns above 256, depth above 128
+            (2, 2, 64, 192),
+        ]:
+
+            def make(T: int = T, A: int = A, N: int = N, K: int = K, dtype: torch.dtype = dtype, tr: bool = transposed):
+                w = weight(A, N, K, tr, dtype=dtype)
+                return {"x": values(T, A, K, seed=T, dtype=dtype), "w": w, "transposed": tr}
+
+            yield Case("head_gemm", f"{kind}-{T}x{A}x{N}x{K}", make, ("x", "w"))
+
+        def make_views(dtype: torch.dtype = dtype, tr: bool = transposed):
+            """The first 24 of 40 columns of x; 20 of 36 rows of every head's part of a weight; a slice of out."""
+            w = values(3 * 36, 24 if not tr else 50, seed=1, dtype=dtype).view(3, 36, -1)
+            w = w[:, 12:36] if tr else w[:, 4:24]
+            out = torch.zeros(6, 3, 60, dtype=dtype)[..., 7 : 57 if tr else 27]
+            return {"x": values(6, 3, 40, dtype=dtype)[..., :24], "w": w, "transposed": tr, "out": out}
+
+        yield Case("head_gemm", f"{kind}-views", make_views)
+
+        def make_heads_first(dtype: torch.dtype = dtype, tr: bool = transposed):
+            x = values(2, 9, 20, dtype=dtype).transpose(0, 1)
+            return {"x": x, "w": weight(2, 12, 20, tr, dtype=dtype), "transposed": tr}
+
+        yield Case("head_gemm", f"{kind}-heads-first", make_heads_first, ("x", "w"))
+        for name, make_value in (("spread", spread), ("wild", wild)):
+
+            def make_range(value: Callable = make_value, dtype: torch.dtype = dtype, tr: bool = transposed):
+                w = weight(2, 22, 75, tr, make=value, dtype=dtype)
+                return {"x": value(5, 2, 75, dtype=dtype), "w": w, "transposed": tr}
+
+            yield Case("head_gemm", f"{kind}-{name}", make_range, ("x", "w"))
+        if dtype == BF16:
+
+            def make_out32(tr: bool = transposed):
+                x = values(9, 2, 40, dtype=BF16)
+                return {"x": x, "w": weight(2, 17, 40, tr, dtype=BF16), "transposed": tr, "out_dtype": F32}
+
+            yield Case("head_gemm", f"{kind}-out32", make_out32, ("x", "w"))
 
 
 def lm_head_logprob_cases() -> Iterator[Case]:

@@ -48,6 +48,28 @@ def test_norms() -> None:
     assert not torch.equal(reference.rms_norm(xb, wb, 1e-5), once)
 
 
+def test_layer_norm() -> None:
+    x, w, b = randn(3, 5, 40) + 7, randn(40, seed=2), randn(40, seed=3)
+    torch.testing.assert_close(reference.layer_norm(x, w, b, 1e-6, exact=True), F.layer_norm(x, (40,), w, b, 1e-6))
+    xb, wb, bb = x.bfloat16(), w.bfloat16(), b.bfloat16()
+    assert (reference.layer_norm(xb, wb, bb, 1e-6) != F.layer_norm(xb, (40,), wb, bb, 1e-6)).float().mean() < 0.01
+
+
+def test_cache_append() -> None:
+    cache, rows = torch.zeros(5, 4), randn(3, 2)
+    out = reference.cache_append(cache, rows.float(), torch.tensor([4, -1, 0]), 1)
+    want = torch.zeros(5, 4)
+    want[4, 1:3], want[0, 1:3] = rows[0].float(), rows[2].float()
+    assert out is cache and torch.equal(out, want)
+
+
+def test_head_gemm() -> None:
+    x, w = randn(4, 3, 10), randn(3, 6, 10, seed=1)
+    want = torch.einsum("tak,ank->tan", x, w)
+    torch.testing.assert_close(reference.head_gemm(x, w, exact=True), want)
+    torch.testing.assert_close(reference.head_gemm(x, w.transpose(1, 2), transposed=True, exact=True), want)
+
+
 def test_silu_mul() -> None:
     x = randn(4, 14) * 5
     torch.testing.assert_close(reference.silu_mul(x, exact=True), F.silu(x[:, :7]) * x[:, 7:])

@@ -131,6 +131,34 @@ struct GroupedGemmBiasGradParams {
 };
 void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p);
 
+// head_gemm: y[t, a, :] = x[t, a, :] @ w[a]^T with w [A, N, K], or x[t, a, :] @ w[a] with w [A, K, N] when `transposed`. GEMM tree over K.
+//   x, w and y are views: the last dimension is dense, the others have strides in elements, so that a slice of every head's row, and rows
+//   of a larger weight, need no copy. The gradient of x is head_gemm on dy with the other `transposed`.
+inline constexpr int kHeadGemmRevision = 1;
+struct HeadGemmParams {
+  const void* x;  // [T, A, K] dtype: element (t, a, k) at t * x_token + a * x_head + k
+  const void* w;  // [A, N, K] dtype: (a, n, k) at a * w_head + n * w_row + k; transposed [A, K, N]: (a, k, n) at a * w_head + k * w_row + n
+  void* y;        // [T, A, N] out_dtype: (t, a, n) at t * y_token + a * y_head + n; elements do not overlap
+  int64_t T, A, N, K;
+  int64_t x_token, x_head, w_head, w_row, y_token, y_head;
+  bool transposed;
+  DType dtype, out_dtype;  // each fp32 or bf16; dtype fp32 needs out_dtype fp32
+};
+void head_gemm(const HeadGemmParams& p);
+
+// head_gemm_wgrad: dw[a] = dy[:, a, :]^T @ x[:, a, :], summed over the tokens by the GEMM tree. For `transposed` weights, x and dy swap
+// places.
+struct HeadGemmWgradParams {
+  const void* dy;  // [T, A, N] dtype: (t, a, n) at t * dy_token + a * dy_head + n
+  const void* x;   // [T, A, K] dtype: (t, a, k) at t * x_token + a * x_head + k
+  void* dw;        // [A, N, K] out_dtype: (a, n, k) at a * dw_head + n * dw_row + k; elements do not overlap
+  int64_t T, A, N, K;
+  int64_t dy_token, dy_head, x_token, x_head, dw_head, dw_row;
+  DType dtype, out_dtype;
+  bool accumulate;  // dw = dw + result; needs out_dtype fp32
+};
+void head_gemm_wgrad(const HeadGemmWgradParams& p);
+
 // moe_combine: out[t, :] = sum over k in order of topk_weights[t, k] * rows[inverse[t, k], :], fp32 (fma from +0), one rounding.
 inline constexpr int kMoeCombineRevision = 1;
 struct MoeCombineParams {
@@ -199,6 +227,39 @@ struct AddRmsNormParams {
 };
 void add_rms_norm(const AddRmsNormParams& p);
 
+// layer_norm: y = n * weight + bias, n = (x - mean) * (1 / sqrt(var + eps)), var = mean((x - mean)^2): two passes in fp32, one rounding.
+//   n * weight + bias is one fma. 1 / sqrt is computed as an exact square root and an exact division.
+inline constexpr int kLayerNormRevision = 1;
+struct LayerNormParams {
+  const void* x;       // [T, H] dtype
+  const void* weight;  // [H] dtype
+  const void* bias;    // [H] dtype
+  void* y;             // [T, H] dtype
+  float* mean;         // [T], or null; the backward needs both
+  float* rstd;         // [T], or null
+  int64_t T, H;
+  float eps;
+  DType dtype;
+};
+void layer_norm(const LayerNormParams& p);
+
+struct LayerNormBackwardParams {
+  const void* dy;      // [T, H] dtype
+  const void* x;       // [T, H] dtype
+  const void* weight;  // [H] dtype
+  const float* mean;   // [T]
+  const float* rstd;   // [T]
+  void* dx;            // [T, H] dtype
+  float* d_weight;     // [H]; both are summed over tokens in blocks of 64 rows, blocks in order
+  float* d_bias;       // [H]
+  float* partial;      // workspace [ceil(T / 64), 2, H]
+  int64_t T, H;
+  bool accumulate_weight;  // d_weight = d_weight + result
+  bool accumulate_bias;    // d_bias = d_bias + result
+  DType dtype;
+};
+void layer_norm_backward(const LayerNormBackwardParams& p);
+
 // silu_mul: y[t, i] = silu(x[t, i]) * x[t, I + i] in fp32, one rounding.
 inline constexpr int kSiluMulRevision = 1;
 struct SiluMulParams {
@@ -266,6 +327,18 @@ struct EmbeddingBackwardParams {
   DType dtype;
 };
 void embedding_backward(const EmbeddingBackwardParams& p);
+
+// cache_append: cache[slot_mapping[t], column .. column + W) = rows[t], bits unchanged (denormals too: it is a copy). Where two tokens name
+// one slot, the later one stays.
+inline constexpr int kCacheAppendRevision = 1;
+struct CacheAppendParams {
+  const void* rows;                          // [T, W] dtype
+  const int64_t* slot_mapping;               // [T], each a row of the cache in [0, cache_rows), or -1: skipped
+  void* cache;                               // [cache_rows, stride] dtype; what is not named stays as it is
+  int64_t T, W, cache_rows, stride, column;  // 0 <= column, column + W <= stride
+  DType dtype;
+};
+void cache_append(const CacheAppendParams& p);
 
 // lm_head_logprob: z = (hidden @ weight^T) in fp32 * (1 / temperature); lse = log sum exp z; logprob = z[id] - lse.
 //   The vocabulary is walked in chunks of kLmHeadChunk in order, with one online maximum (fp32) and sum (fp32 lanes within a chunk, fp64

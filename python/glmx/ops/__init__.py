@@ -6,9 +6,12 @@ The functions are imported eagerly so that `glmx.ops.rms_norm` is always the fun
 from __future__ import annotations
 
 from glmx.ops.add_rms_norm import add_rms_norm
+from glmx.ops.cache_append import cache_append
 from glmx.ops.embedding import embedding
 from glmx.ops.expert_plan import ExpertPlan, expert_plan
 from glmx.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, linear
+from glmx.ops.head_gemm import head_gemm
+from glmx.ops.layer_norm import layer_norm
 from glmx.ops.lm_head_logprob import LogProbs, lm_head_logprob
 from glmx.ops.moe_combine import moe_combine
 from glmx.ops.rms_norm import rms_norm
@@ -21,11 +24,14 @@ __all__ = [
     "ExpertPlan",
     "LogProbs",
     "add_rms_norm",
+    "cache_append",
     "embedding",
     "expert_plan",
     "grouped_gemm",
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
+    "head_gemm",
+    "layer_norm",
     "linear",
     "lm_head_logprob",
     "moe_combine",

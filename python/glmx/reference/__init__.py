@@ -9,10 +9,13 @@ fp64 too) and the result is fp64. Tests derive their tolerances around the exact
 from __future__ import annotations
 
 from glmx.reference.add_rms_norm import add_rms_norm
+from glmx.reference.cache_append import cache_append
 from glmx.reference.embedding import embedding
 from glmx.reference.expert_plan import ExpertPlan, expert_plan
 from glmx.reference.gemm_tree import gemm_tree
 from glmx.reference.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, linear
+from glmx.reference.head_gemm import head_gemm
+from glmx.reference.layer_norm import layer_norm
 from glmx.reference.lm_head_logprob import LogProbs, lm_head_logprob
 from glmx.reference.moe_combine import moe_combine
 from glmx.reference.rms_norm import rms_norm
@@ -26,12 +29,15 @@ __all__ = [
     "ExpertPlan",
     "LogProbs",
     "add_rms_norm",
+    "cache_append",
     "embedding",
     "expert_plan",
     "gemm_tree",
     "grouped_gemm",
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
+    "head_gemm",
+    "layer_norm",
     "linear",
     "lm_head_logprob",
     "moe_combine",

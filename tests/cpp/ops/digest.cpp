@@ -180,6 +180,26 @@ void rms_norm_case(DType dtype, int64_t T, int64_t H) {
   record("add_rms_norm", label("residual", dtype, H), sum);
 }
 
+void layer_norm_case(DType dtype, int64_t T, int64_t H) {
+  const Bytes x = values(dtype, T * H), weight = values(dtype, H), bias = values(dtype, H), dy = values(dtype, T * H);
+  const Bytes y = room(dtype, T * H), mean = room(DType::f32, T), rstd = room(DType::f32, T);
+  glmx::layer_norm({x.get(), weight.get(), bias.get(), y.get(), mean.as<float>(), rstd.as<float>(), T, H, 1e-6f, dtype});
+  record("layer_norm", label("y", dtype, H), y);
+  const Bytes dx = room(dtype, T * H), dw = room(DType::f32, H), db = room(DType::f32, H),
+              partial = room(DType::f32, (T + 63) / 64 * 2 * H);
+  glmx::layer_norm_backward({dy.get(), x.get(), weight.get(), mean.as<float>(), rstd.as<float>(), dx.get(), dw.as<float>(), db.as<float>(),
+                             partial.as<float>(), T, H, false, false, dtype});
+  record("layer_norm", label("dx", dtype, H), dx);
+  record("layer_norm", label("d_weight", dtype, H), dw);
+  record("layer_norm", label("d_bias", dtype, H), db);
+}
+
+void cache_append_case(DType dtype, int64_t T, int64_t W, int64_t cache_rows, int64_t stride, int64_t column) {
+  const Bytes rows = values(dtype, T * W), slots = integers<int64_t>(T, cache_rows, -1), cache = values(dtype, cache_rows * stride);
+  glmx::cache_append({rows.get(), slots.as<int64_t>(), cache.get(), T, W, cache_rows, stride, column, dtype});
+  record("cache_append", label("cache", dtype, W), cache);
+}
+
 void silu_mul_case(DType dtype, int64_t T, int64_t I) {
   const Bytes x = values(dtype, T * 2 * I), dy = values(dtype, T * I), y = room(dtype, T * I), dx = room(dtype, T * 2 * I);
   glmx::silu_mul({x.get(), y.get(), T, I, dtype});
@@ -287,6 +307,26 @@ void moe_case(DType dtype, int64_t T, int64_t E, int64_t K, int64_t H, int64_t I
   record("moe_combine", "d_weights" + name, d_weights);
 }
 
+// Views of larger buffers: x is a slice of every head's row, w of every head's rows, y of a wider output.
+void head_gemm_case(DType dtype, int64_t T, int64_t A, int64_t N, int64_t K, bool transposed) {
+  const int64_t rows = transposed ? K : N, columns = transposed ? N : K, size = glmx::dtype_size(dtype);
+  const Bytes x = values(dtype, T * A * (K + 3)), w = values(dtype, A * (rows + 2) * columns), y = room(dtype, T * A * (N + 5));
+  glmx::HeadGemmParams p{};
+  p.x = x.as<uint8_t>() + 3 * size, p.w = w.as<uint8_t>() + 2 * columns * size, p.y = y.as<uint8_t>() + 5 * size;
+  p.T = T, p.A = A, p.N = N, p.K = K, p.x_token = A * (K + 3), p.x_head = K + 3;
+  p.w_head = (rows + 2) * columns, p.w_row = columns, p.y_token = A * (N + 5), p.y_head = N + 5;
+  p.transposed = transposed, p.dtype = dtype, p.out_dtype = dtype;
+  glmx::head_gemm(p);
+  const std::string name = label(transposed ? "_kn" : "_nk", dtype, T * 1000 + N);
+  record("head_gemm", "y" + name, y);
+  const Bytes dy = values(dtype, T * A * N), dw = room(DType::f32, A * N * K);
+  glmx::HeadGemmWgradParams g{};
+  g.dy = dy.get(), g.x = p.x, g.dw = dw.get(), g.T = T, g.A = A, g.N = N, g.K = K, g.dy_token = A * N, g.dy_head = N;
+  g.x_token = p.x_token, g.x_head = p.x_head, g.dw_head = N * K, g.dw_row = K, g.dtype = dtype, g.out_dtype = DType::f32;
+  glmx::head_gemm_wgrad(g);
+  record("head_gemm", "dw" + name, dw);
+}
+
 void lm_head_case(DType dtype, int64_t T, int64_t V, int64_t H, int64_t top_n) {
   const Bytes hidden = values(dtype, T * H), weight = values(dtype, V * H), ids = integers<int64_t>(T, V, -1);
   const Bytes logprob = room(DType::f32, T), lse = room(DType::f32, T), top_ids = room(DType::i32, T * top_n);
@@ -318,14 +358,22 @@ void lm_head_case(DType dtype, int64_t T, int64_t V, int64_t H, int64_t top_n) {
 void run_all() {
   for (DType dtype : {DType::f32, DType::bf16}) {
     for (int64_t H : {1, 15, 16, 33, 130}) rms_norm_case(dtype, 67, H);
+    for (int64_t H : {1, 15, 16, 33, 130}) layer_norm_case(dtype, 67, H);
     for (int64_t I : {1, 17, 48}) silu_mul_case(dtype, 5, I);
     rope_case(dtype, 7, 3, 40, 16, false);
     rope_case(dtype, 7, 3, 34, 17, true);
     embedding_case(dtype, 50, 13, 35);
+    cache_append_case(dtype, 9, 17, 6, 30, 13);
+    cache_append_case(dtype, 20, 576, 33, 576, 0);
     for (int64_t n : {1, 17, 4096, 9001}) sum_squares_case(dtype, n);
     moe_case(dtype, 37, 6, 2, 32, 16);
     moe_case(dtype, 19, 5, 3, 45, 21);
     moe_case(dtype, 1, 4, 1, 129, 9);
+    for (bool transposed : {false, true}) {
+      head_gemm_case(dtype, 1, 3, 40, 32, transposed);
+      head_gemm_case(dtype, 2, 2, 17, 45, transposed);
+      head_gemm_case(dtype, 37, 2, 33, 130, transposed);
+    }
     lm_head_case(dtype, 9, 53, 40, 3);
     lm_head_case(dtype, 3, 1100, 33, 5);
   }
