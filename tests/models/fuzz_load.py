@@ -4,6 +4,9 @@
 
 Each example must load or raise a GlmxError of one short line. Anything else ends the process with hypothesis' smallest
 example; a crash or a hang ends it with the Python stack. Without SEED the examples are the same in every run.
+
+Two processes: hypothesis makes the examples here, and a child that does nothing else loads them, so that its memory is
+glmx's alone.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import faulthandler
 import json
 import re
 import shutil
+import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import hypothesis
@@ -23,7 +28,7 @@ from safetensors import safe_open
 
 import glmx
 from glmx.data import tokenizer as tokenizers
-from glmx.errors import CheckpointError, GlmxError
+from glmx.errors import GlmxError
 from glmx.models import checkpoint
 from glmx.models.safetensors import INDEX, SINGLE, read_header
 from tiny_glm import random_model, tiny_config
@@ -32,30 +37,81 @@ HANG_S = 30.0  # a load of these files takes milliseconds
 COUNTS: collections.Counter[str] = collections.Counter()
 
 
-def outcome(act):
-    """Runs `act`; its result, or None after an error of the right kind. Counts both."""
+def outcome(act) -> dict:
+    """What came of `act`: {"loaded": its result}, {"refused": kind of error}, or {"wrong": what must not be}."""
     faulthandler.dump_traceback_later(HANG_S, exit=True)
     try:
-        result = act()
-        COUNTS["loaded"] += 1
-        return result
+        return {"loaded": act()}
     except GlmxError as error:
         message = str(error)
-        assert message.isprintable() and 0 < len(message) < 1000, f"not a one-line message: {message!r}"
-        COUNTS["refused"] += 1
+        if not (message.isprintable() and 0 < len(message) < 1000):
+            return {"wrong": f"not a one-line message: {message!r}"}
         # What is left without names and numbers tells one kind of error from another.
-        COUNTS["kind " + re.sub(r"'.*?'|[\d.]+|\[.*?\]|{.*?}|\S*[._]\S*", "", message)[:40]] += 1
-        return None
+        return {"refused": re.sub(r"'.*?'|[\d.]+|\[.*?\]|{.*?}|\S*[._]\S*", "", message)[:40]}
+    except Exception:
+        return {"wrong": traceback.format_exc()}
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
-def load(directory, **options):
-    model = outcome(lambda: glmx.load(directory, **options))
-    if model is not None:
-        held = sum(p.nbytes for p in model.parameters())
-        there = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
-        assert held <= 2 * there, f"{held} bytes allocated for {there} bytes of files"
+def load_once(directory: Path, dtype: str, check_finite: bool) -> None:
+    model = glmx.load(directory, dtype=dtype, check_finite=check_finite)
+    held = sum(p.nbytes for p in model.parameters())
+    there = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    assert held <= 2 * there, f"{held} bytes allocated for {there} bytes of files"
+
+
+def same_as_the_library(file: Path) -> None:
+    """A header that glmx takes, the safetensors library takes too, and reads the same from it."""
+    entries = read_header(file)
+    with safe_open(file, "pt") as opened:
+        assert set(opened.keys()) == entries.keys()
+        for key, entry in entries.items():
+            theirs = opened.get_slice(key)
+            assert (theirs.get_dtype(), tuple(theirs.get_shape())) == (entry.dtype, entry.shape)
+
+
+def read_tokenizer(directory: Path) -> None:
+    tokenizers.Tokenizer.from_dir(directory)
+
+
+ACTS = {act.__name__: act for act in (load_once, same_as_the_library, read_tokenizer)}
+
+
+def loader_main() -> None:
+    """Carries out a line [act, path, arguments...] of standard input at a time; the first answer is the idle memory."""
+    print(json.dumps(memory("VmRSS")), flush=True)
+    for line in sys.stdin:
+        act, path, *arguments = json.loads(line)
+        answer = outcome(lambda: ACTS[act](Path(path), *arguments))  # noqa: B023 - called at once
+        print(json.dumps({**answer, "peak_mb": memory("VmHWM")}), flush=True)
+
+
+class Loader:
+    """The process that loads. `above_idle_mb` is its highest memory so far above what it had after its imports."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__, "loader"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.idle_mb = self._answer()
+        self.above_idle_mb = 0
+
+    def run(self, act: str, path: Path, *arguments) -> None:
+        print(json.dumps([act, str(path), *arguments]), file=self.process.stdin, flush=True)
+        answer = self._answer()
+        assert "wrong" not in answer, answer["wrong"]
+        self.above_idle_mb = answer["peak_mb"] - self.idle_mb
+        if act == "same_as_the_library":
+            return
+        COUNTS["loaded" if "loaded" in answer else "refused"] += 1
+        if "refused" in answer:
+            COUNTS["kind " + answer["refused"]] += 1
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"the loading process ended with {self.process.wait()}: a crash or a hang; its stack is above")
+        return json.loads(line)
 
 
 # What to put in the place of something else. Most of it is picked from lists: hypothesis takes milliseconds to build a
@@ -210,24 +266,15 @@ def file_bytes(entries, data, length, spoil):
     return spoiled((len(header) if length is None else length % 2**64).to_bytes(8, "little") + header + data, spoil)
 
 
-def same_as_the_library(file):
-    """A header that glmx takes, the safetensors library takes too, and reads the same from it."""
-    try:
-        entries = read_header(file)
-    except CheckpointError:
-        return
-    with safe_open(file, "pt") as opened:
-        assert set(opened.keys()) == entries.keys()
-        for key, entry in entries.items():
-            theirs = opened.get_slice(key)
-            assert (theirs.get_dtype(), tuple(theirs.get_shape())) == (entry.dtype, entry.shape)
-
-
 WEIGHT_MAP = st.sampled_from(["one.safetensors", "two.safetensors", "../x.safetensors", "", "/dev/zero", SINGLE]) | JUNK
 
 
 def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files: int, seed: int | None) -> None:
-    idle = memory("VmRSS")
+    loader = Loader()
+
+    def load(path: Path, dtype: str = "auto", check_finite: bool = False) -> None:
+        loader.run("load_once", path, dtype, check_finite)
+
     config = glmx.models.config.ModelConfig.from_dict(BASE)
     good = checkpoint.save(random_model(config), directory / "good")
     entries = [
@@ -280,7 +327,7 @@ def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files
     @fuzz(headers, header_bytes)
     def _(content):
         (work / SINGLE).write_bytes(content)
-        same_as_the_library(work / SINGLE)
+        loader.run("same_as_the_library", work / SINGLE)
         load(work)
 
     halves = ([e for e in entries if e[0] < "model.layers.1"], [e for e in entries if e[0] >= "model.layers.1"])
@@ -315,7 +362,7 @@ def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files
             (work / f"{name}.safetensors").write_bytes(content)
         index = json.dumps({"weight_map": {**good_map, **(mapped or {})}}).encode()
         (work / INDEX).write_bytes(spoiled(index, index_spoil))
-        load(work, dtype=dtype, check_finite=check_finite)
+        load(work, dtype, check_finite)
 
     texts = directory / "tokenizer"
     tokenizers.train(["def f(x):\n    return x + 1\n"] * 3, 256 + 24 + 8).save(texts)
@@ -335,13 +382,13 @@ def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files
             content = json.dumps({**json.loads(content), change[0]: change[1]}).encode()
         (texts / name).write_bytes(spoiled(content, spoil) if change is None else content)
         try:
-            outcome(lambda: tokenizers.Tokenizer.from_dir(texts))
+            loader.run("read_tokenizer", texts)
         finally:
             (texts / name).write_bytes(originals[name])
 
     kinds = sum(key.startswith("kind ") for key in COUNTS)
     report = {"loaded": COUNTS["loaded"], "refused": COUNTS["refused"], "kinds": kinds}
-    print(json.dumps({**report, "idle_mb": idle, "above_idle_mb": memory("VmHWM") - idle}))
+    print(json.dumps({**report, "idle_mb": loader.idle_mb, "above_idle_mb": loader.above_idle_mb}))
 
 
 def memory(field: str) -> int:
@@ -352,5 +399,8 @@ def memory(field: str) -> int:
 
 if __name__ == "__main__":
     faulthandler.enable()
+    if sys.argv[1:] == ["loader"]:
+        loader_main()
+        sys.exit()
     numbers = [int(n) for n in sys.argv[2:]]
     main(Path(sys.argv[1]), *numbers[:4], seed=numbers[4] if len(numbers) > 4 else None)

@@ -22,7 +22,6 @@ def test_random_checkpoints_load_or_are_refused(tmp_path):
     here = Path(__file__).resolve()
     path = os.pathsep.join([str(here.parents[2] / "python"), str(here.parents[1])])
     command = [sys.executable, here.with_name("fuzz_load.py"), tmp_path, *map(str, EXAMPLES.values())]
-    # One process, so that its peak is one number; it does not share this one's memory or its imports.
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout}\n{done.stderr[-8000:]}"
     report = json.loads(done.stdout)
