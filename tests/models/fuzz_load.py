@@ -25,6 +25,7 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import glmx
 from glmx.data import tokenizer as tokenizers
@@ -178,15 +179,37 @@ BASE = {**tiny_config(vocab_size=16, hidden_size=8, num_hidden_layers=2, num_att
         head_dim=4, intermediate_size=8, moe_intermediate_size=4, n_routed_experts=2, num_experts_per_tok=1).to_dict(),
         "num_mtp_layers": 1, "rope_scaling": None, "scoring_func": "sigmoid", "moe_layer_freq": 1, "layer_types": None,
         "quantization_config": None, "torch_dtype": "float32"}  # fmt: skip
+# The other families: glmx.load refuses them after their configs are read, those that are none before.
+LITE = {**BASE, "model_type": "glm4_moe_lite", "num_key_value_heads": 2, "attention_bias": False,
+        "partial_rotary_factor": None, "rope_parameters": None, "q_lora_rank": 4, "kv_lora_rank": 4,
+        "qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "qk_head_dim": 4, "v_head_dim": 4, "rope_interleave": True,
+        "mlp_layer_types": ["dense", "sparse"], "mla_norm_eps": 1e-6}  # fmt: skip
+DSA = {**LITE, "model_type": "glm_moe_dsa", "index_n_heads": 2, "index_head_dim": 4, "index_topk": 2,
+       "layer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1, "index_topk_pattern": None,
+       "indexer_types": None, "indexer_rope_interleave": True, "index_share_for_mtp_iteration": False}  # fmt: skip
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 # Changes that leave many a config valid, so that its tensors are compared too.
 MILD = [(key, value) for key in BASE for value in (*range(10), True, False) if type(value) is type(BASE[key])]
 MILD += [(key, value) for key in BASE for value in (0.25, 1.0, 2.5, 1e4) if type(value) is type(BASE[key])]
 MILD_CHANGES = st.lists(st.sampled_from(MILD), max_size=4).map(dict)
 # Every size at every number, one at a time: chance leaves some of these out.
-ONE_SIZE = [{key: number} for key, value in BASE.items() if type(value) is int for number in NUMBERS]
+ONE_SIZE = [
+    {**base, key: number}
+    for base in (BASE, DSA)
+    for key, value in base.items()
+    if type(value) is int
+    for number in NUMBERS
+]
 CONFIGS = st.one_of(
     st.tuples(st.just(BASE), MILD_CHANGES),
     st.tuples(st.just(BASE), st.dictionaries(st.sampled_from(sorted(BASE)), JUNK, min_size=1, max_size=3)),
+    st.tuples(st.sampled_from([LITE, DSA]), st.dictionaries(st.sampled_from(sorted(DSA)), JUNK, max_size=2)),
+    st.tuples(
+        st.just(BASE),
+        st.dictionaries(st.sampled_from(sorted(FP8)), JUNK, max_size=1).map(
+            lambda changes: {"quantization_config": {**FP8, **changes}}
+        ),
+    ),
     st.tuples(st.just({"model_type": "glm4_moe"}), st.lists(st.sampled_from(MILD), min_size=9, max_size=25).map(dict)),
     st.tuples(st.just(BASE), st.dictionaries(st.text(max_size=6), JUNK, max_size=2)),
 )
@@ -269,6 +292,15 @@ def file_bytes(entries, data, length, spoil):
 WEIGHT_MAP = st.sampled_from(["one.safetensors", "two.safetensors", "../x.safetensors", "", "/dev/zero", SINGLE]) | JUNK
 
 
+def quantise(file):
+    """Makes a matrix of layer 0 FP8 in blocks and one of layer 1 FP8 per channel."""
+    tensors = load_file(file)
+    for layer, suffix, shape in ((0, "_scale_inv", (1, 1)), (1, "_scale", (8, 1))):
+        key = f"model.layers.{layer}.self_attn.o_proj.weight"
+        tensors |= {key: tensors[key].to(torch.float8_e4m3fn), key + suffix: torch.ones(shape)}
+    save_file(tensors, file)
+
+
 def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files: int, seed: int | None) -> None:
     loader = Loader()
 
@@ -277,6 +309,7 @@ def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files
 
     config = glmx.models.config.ModelConfig.from_dict(BASE)
     good = checkpoint.save(random_model(config), directory / "good")
+    quantise(good / SINGLE)
     entries = [
         (name, {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]})
         for name, e in read_header(good / SINGLE).items()
@@ -314,7 +347,7 @@ def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files
     )
 
     for change in ONE_SIZE:
-        (work / "config.json").write_text(json.dumps({**BASE, **change}))
+        (work / "config.json").write_text(json.dumps(change))
         load(work)
 
     @fuzz(configs, CONFIG_BYTES)

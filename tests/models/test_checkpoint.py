@@ -182,6 +182,11 @@ def test_casting_the_model_keeps_the_correction_bias(saved):
     assert name not in dict(model.named_parameters())
 
 
+LITE = {"model_type": "glm4_moe_lite", "num_key_value_heads": 4, "attention_bias": False, "partial_rotary_factor": 1.0}
+LITE |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+LITE |= {"rope_parameters": None}
+
+
 def drop(key):
     return lambda directory: rewrite(directory, lambda t: t.pop(key))
 
@@ -204,6 +209,7 @@ def add(key, tensor):
         (lambda d: (d / "config.json").write_text("{"), CheckpointError, "not JSON"),
         (lambda d: reconfigure(d, model_type="llama"), UnsupportedError, "'llama'"),
         (lambda d: reconfigure(d, model_type="glm5_next"), UnsupportedError, "'glm5_next'"),
+        (lambda d: reconfigure(d, **LITE), UnsupportedError, r"'glm4_moe_lite' \(GLM-4.7-Flash: not yet\) is not"),
         (lambda d: reconfigure(d, quantization_config={"bits": 8}), UnsupportedError, "quantization_config"),
         (
             lambda d: (d / checkpoint.INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'),
@@ -224,7 +230,12 @@ def add(key, tensor):
         (
             lambda d: reconfigure(d, num_hidden_layers=10**9),
             CheckpointError,
-            r"it has \d+, .*num_hidden_layers = 1000000000",
+            "num_hidden_layers = 1000000000, expected 1..4096",
+        ),
+        (
+            lambda d: reconfigure(d, num_hidden_layers=4096),
+            CheckpointError,
+            r"it has \d+, .*num_hidden_layers = 4096",
         ),
         (
             lambda d: reconfigure(d, n_routed_experts=512),

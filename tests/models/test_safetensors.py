@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from glmx.errors import CheckpointError
-from glmx.models.safetensors import INDEX, Files, read_header
+from glmx.models.safetensors import INDEX, SINGLE, Files, read_header
 
 
 def blob(header, data=b"", length=None):
@@ -113,8 +113,38 @@ ONE, TWO = "one.safetensors", "two.safetensors"
 def test_shards(tmp_path):
     sharded(tmp_path, {"a": ONE, "b": ONE, "c": TWO}, one="ab", two="c")
     files = Files(tmp_path)
-    assert files.keys == {"a", "b", "c"} and [key for key, _ in files.tensors()] == ["a", "b", "c"]
-    assert files.tensor("c").item() == 1
+    assert files.keys == {"a", "b", "c"} and files.in_order() == ["a", "b", "c"]
+    with files:
+        assert files.tensor("c").item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_rows_are_those_that_were_written(tmp_path, dtype):
+    values = torch.randn(7, 5, 3).to(dtype)
+    save_file({"first": torch.ones(3), "x": values, "empty": values[:0]}, tmp_path / SINGLE)
+    with Files(tmp_path) as files:
+        assert torch.equal(files.tensor("x").view(torch.uint8), values.view(torch.uint8))
+        rows = files.rows("x", 4, 9)  # of [35, 3]
+        assert rows.dtype == dtype and torch.equal(rows.float(), values.view(-1, 3)[4:13].float())
+        assert files.tensor("empty").shape == (0, 5, 3)
+
+
+def test_many_shards_are_read_with_few_files_open(tmp_path):
+    names = [f"{i:02d}" for i in range(30)]
+    sharded(tmp_path, {name: f"{name}.safetensors" for name in names}, **{name: [name] for name in names})
+    with Files(tmp_path) as files:
+        before = len(os.listdir("/proc/self/fd"))
+        assert all(files.tensor(name).item() == 1 for name in reversed(names))
+        assert len(os.listdir("/proc/self/fd")) <= before + 4
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_file_that_shrinks_after_its_header_was_read(tmp_path):
+    save_file({"x": torch.ones(4, 4)}, tmp_path / SINGLE)
+    with Files(tmp_path) as files:
+        os.truncate(tmp_path / SINGLE, os.path.getsize(tmp_path / SINGLE) - 1)
+        with pytest.raises(CheckpointError, match="model.safetensors' has become shorter"):
+            files.tensor("x")
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _announce(args: argparse.Namespace, llm: LLM, name: str, numerics: str, url:
     device = runtime.describe()["devices"][0]
     size = sum(parameter.numel() for parameter in llm.model.parameters())
     rows = {
-        "model": f"{name} (glm4_moe, {config.num_hidden_layers} layers, {_count(size)} parameters)",
+        "model": f"{name} ({config.model_type}, {config.num_hidden_layers} layers, {_count(size)} parameters)",
         "dtype": f"{_dtype(llm)}, numerics {numerics}",
         "device": f"{device['device']}: {device['name']}, threads: {device['threads']}",
         "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in _kernels(_dtype(llm)).items()),

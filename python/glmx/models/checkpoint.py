@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 
 from glmx.errors import CheckpointError, UnsupportedError, listed, shown
 from glmx.jsonfile import read_bytes
+from glmx.models import config_json, fp8, layout
 from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
-from glmx.models.safetensors import INDEX, MAX_HEADER, SINGLE, Files
+from glmx.models.fill import fill
+from glmx.models.safetensors import INDEX, MAX_HEADER, READABLE, SINGLE, Files
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,7 +39,6 @@ _DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
-_READABLE = ("BF16", "F32", "F16")
 _SHARD_BYTES = 5 * 2**30
 
 
@@ -111,16 +112,20 @@ def load(
     device        "auto" and "cpu"; this build computes nowhere else
     dtype         "auto" (the config's), "bf16", "fp32" or a torch.dtype
     check_finite  also look for NaN and infinity in every tensor, as the model will hold it
-    A router stored in fp32 beside bf16 weights stays fp32, as do the correction biases. Without tensors of
-    the MTP layer the model has none. Raises CheckpointError naming every missing, unknown, misshapen or (with
-    check_finite) not finite tensor and UnsupportedError for a model that glmx does not compute. Nothing of the
-    model's size is allocated before the config and every file's header are known to fit.
+    A router stored in fp32 beside bf16 weights stays fp32, as do the correction biases. FP8 weights of the
+    two released formats become bf16(q * scale), in a model of any dtype. Without tensors of the MTP layer the
+    model has none. On a terminal a bar shows what takes longer than a second. Raises CheckpointError naming
+    every missing, unknown, misshapen or (with check_finite) not finite tensor and UnsupportedError for a model
+    that glmx does not compute. Nothing of the model's size is allocated before the config and every file's
+    header are known to fit; then the peak is the model's own size and a few pieces of 16 MB.
     """
     directory = resolve(path)
     config = ModelConfig.from_dir(directory)
     compute, place = _compute_dtype(config, dtype), _device(device)
+    if config.model_type != config_json.BUILT:
+        raise config_json.unsupported(config.model_type)
     # A name, its shape and its range take a hundred bytes or two; metadata may be longer.
-    files = Files(directory, max_header=min(MAX_HEADER, 2**20 + 1024 * config.num_tensors()))
+    files = Files(directory, max_header=min(MAX_HEADER, 2**20 + 1024 * layout.num_tensors(config)))
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(key.startswith(mtp_prefix) for key in files.keys):
         config = replace(config, num_nextn_predict_layers=0)
@@ -128,7 +133,9 @@ def load(
     _check_tensors(Decoder(config, compute, "meta"), files, directory)
     model = _allocated(config, compute, place)
     _keep_fp32_routers(model, files)
-    _fill(model, files, check_finite)
+    fill(
+        {key: source.view for key, source in _expected(model, files.keys).items()}, _copies(model), files, check_finite
+    )
     return model.eval()
 
 
@@ -138,7 +145,7 @@ def _check_count(config: ModelConfig, files: Files, directory: Path) -> None:
     A checkpoint that lacks less than half of its tensors is left to _check_tensors, which names them.
     """
     fused = sum(key.endswith(".mlp.experts.gate_up_proj") for key in files.keys)
-    expected = config.num_tensors(fused)
+    expected = layout.num_tensors(config, fused)
     if expected > 2 * len(files.keys):
         raise CheckpointError(
             f"'{directory}' lacks most of its tensors: it has {len(files.keys)}, config.json describes {expected} "
@@ -149,17 +156,20 @@ def _check_count(config: ModelConfig, files: Files, directory: Path) -> None:
 def _check_tensors(model: Decoder, files: Files, directory: Path) -> None:
     """Compares the files' headers with a model on the meta device: names, shapes, dtypes."""
     sources, copies = _expected(model, files.keys), _copies(model)
+    scales = set(fp8.scales(files.headers).values())
     missing = sorted(sources.keys() - files.keys)
-    unknown = sorted(files.keys - sources.keys() - copies.keys())
+    unknown = sorted(files.keys - sources.keys() - copies.keys() - scales)
     for what, keys in (("lacks", missing), ("has unknown", unknown)):
         if keys:
             raise CheckpointError(f"'{directory}' {what} {listed(keys)}")
     for key, header in files.headers.items():
+        if key in scales:
+            continue
         wanted = (sources[key].view if key in sources else copies[key]).shape
         if header.shape != wanted:
             raise CheckpointError(f"tensor {key} has shape {list(header.shape)}, the config expects {list(wanted)}")
-        if header.dtype not in _READABLE:
-            raise UnsupportedError(f"tensor {key} is {header.dtype}, only {', '.join(_READABLE)} are supported")
+        if header.dtype not in READABLE:
+            raise UnsupportedError(f"tensor {key} is {header.dtype}, only {', '.join(READABLE)} are supported")
 
 
 def _allocated(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -170,23 +180,6 @@ def _allocated(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
             raise
         size = config.num_parameters() * dtype.itemsize / 2**30
         raise CheckpointError(f"the model takes {size:.1f} GiB in {_dtype_name(dtype)}, which is not free") from None
-
-
-@torch.no_grad()
-def _fill(model: Decoder, files: Files, check_finite: bool) -> None:
-    sources, copies = _expected(model, files.keys), _copies(model)
-    for key, tensor in files.tensors():
-        if key not in sources:
-            continue
-        view = sources[key].view
-        view.copy_(tensor)
-        if check_finite and not view.isfinite().all():
-            bad = int((~view.isfinite()).sum())
-            raise CheckpointError(f"tensor {key}: {bad} of its {view.numel()} values are NaN or infinite")
-    # Copies are compared last, when what they copy has been read.
-    for key in sorted(copies.keys() & files.keys):
-        if not torch.equal(files.tensor(key).to(copies[key]), copies[key]):
-            raise UnsupportedError(f"tensor {key} differs from the tensor it copies; glmx ties them")
 
 
 def save(

@@ -22,6 +22,7 @@ from glmx.layers.linear import Linear
 from glmx.layers.moe import MoE, Router, RouterStats
 from glmx.layers.mtp import MTPLayer
 from glmx.layers.norm import RMSNorm
+from glmx.models import config_json
 from glmx.models.batch import Batch
 from glmx.models.config import ModelConfig
 from glmx.models.state import LayerState, ModelState
@@ -66,6 +67,7 @@ class Decoder(nn.Module):
     """A glm4_moe model. Parameters start uninitialised: `init_weights` or glmx.load fills them.
 
     `dtype` is torch.bfloat16 or torch.float32 and is every parameter's; correction biases are fp32 buffers.
+    Raises UnsupportedError for the families whose layers do not exist yet.
     A parameter with an attribute `main_grad` (fp32, same shape) gets its gradient added there.
     """
 
@@ -73,6 +75,8 @@ class Decoder(nn.Module):
         super().__init__()
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float32")
+        if config.model_type != config_json.BUILT:
+            raise config_json.unsupported(config.model_type)
         device = torch.device(device)
         self.config = config
         self.model = Trunk(config, dtype, device)

@@ -2,8 +2,9 @@
 
 The format: 8 bytes, little-endian, the length of the header; the header, a JSON object from tensor name to dtype,
 shape and byte range in the data; the data, every byte of it in one tensor
-(huggingface/safetensors, "Format"). Everything here is decided from the header and the file's
-size; no tensor is read and nothing of a tensor's size is allocated.
+(huggingface/safetensors, "Format"). Everything is decided from the header and the file's size, before
+any tensor is read; then rows are read as they are asked for. Nothing is mapped: a mapped file that another process
+cuts short ends this one.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from glmx.errors import CheckpointError, listed, shown
 from glmx.jsonfile import parse_object, read_json
@@ -34,6 +33,10 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+
+_TORCH = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
+READABLE = tuple(_TORCH)
+_MAX_OPEN = 4  # files; a weight and its scales may be in two
 
 
 class Entry(NamedTuple):
@@ -136,6 +139,7 @@ class Files:
     def __init__(self, directory: Path, max_header: int = MAX_HEADER) -> None:
         self.headers: dict[str, Entry] = {}
         self._file_of: dict[str, Path] = {}
+        self._open: dict[Path, tuple[BinaryIO, int]] = {}
         index = directory / INDEX
         if index.exists():
             expected = _read_index(index, max_header)
@@ -159,23 +163,49 @@ class Files:
             self._file_of[key] = file
         self.headers |= entries
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, one at a time, file by file."""
-        for file in sorted(set(self._file_of.values())):
-            with _open(file) as opened:
-                for key in opened.keys():  # noqa: SIM118 - not a dict
-                    yield key, opened.get_tensor(key)
+    def in_order(self) -> list[str]:
+        """Every tensor's name, file by file, in the order of the bytes."""
+        return sorted(self.headers, key=lambda key: (self._file_of[key], self.headers[key].start))
 
     def tensor(self, key: str) -> torch.Tensor:
-        with _open(self._file_of[key]) as opened:
-            return opened.get_tensor(key)
+        """The whole tensor, of a READABLE dtype. Raises CheckpointError."""
+        shape = self.headers[key].shape
+        return self.rows(key, 0, math.prod(shape[:-1])).view(shape)
 
+    def rows(self, key: str, first: int, count: int) -> torch.Tensor:
+        """`count` rows of the tensor seen as [rows, last dim], from row `first`. Raises CheckpointError."""
+        entry, file = self.headers[key], self._file_of[key]
+        width = entry.shape[-1] if entry.shape else 1
+        rows = torch.empty(count, width, dtype=_TORCH[entry.dtype])
+        if not rows.nbytes:
+            return rows
+        try:
+            opened, data = self._opened(file)
+            opened.seek(data + entry.start + first * width * rows.itemsize)
+            read = opened.readinto(rows.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"cannot read '{file}': {error.strerror or error}") from None
+        if read != rows.nbytes:
+            raise CheckpointError(f"'{file}' has become shorter since its header was read")
+        return rows
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{file}' is not a safetensors file: {error}") from None
+    def _opened(self, file: Path) -> tuple[BinaryIO, int]:
+        """The open file and where its data begins; the last few stay open."""
+        if file not in self._open:
+            while len(self._open) >= _MAX_OPEN:
+                self._open.pop(next(iter(self._open)))[0].close()
+            opened = open(file, "rb")  # noqa: SIM115 - closed by __exit__
+            self._open[file] = (opened, 8 + int.from_bytes(opened.read(8), "little"))
+        return self._open[file]
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes what reading has opened."""
+        for opened, _ in self._open.values():
+            opened.close()
+        self._open.clear()
 
 
 def _read_index(index: Path, max_bytes: int) -> dict[str, Path]:

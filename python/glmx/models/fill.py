@@ -1,0 +1,128 @@
+"""Filling a model from its files: one pass over the shards, piece by piece, so that the peak is the model's own size.
+
+Every tensor's bytes are read once, in the files' order, a few MB at a time, converted (or dequantised, see fp8) and
+copied to their place. Beside the model there are one piece, what it is converted through, and a weight's scales.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
+
+import torch
+
+from glmx.errors import CheckpointError, UnsupportedError
+from glmx.models import fp8
+from glmx.models.safetensors import Files
+
+_PIECE = 2**22  # values; in fp32 16 MB, which is what a piece of FP8 goes through
+_QUIET_S = 1.0  # what takes less is not worth a line
+_REDRAW_S = 0.1
+
+
+@torch.no_grad()
+def fill(
+    views: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor], files: Files, check_finite: bool
+) -> None:
+    """Copies every tensor of the files into its view; `copies` name the tensors that repeat another one.
+
+    Names, shapes and dtypes are known to fit. Raises CheckpointError for values that are not finite (with
+    `check_finite`) and for files that cannot be read, UnsupportedError for a copy that differs.
+    """
+    scales = fp8.scales(files.headers)
+    repeated = sorted(copies.keys() & files.headers.keys())
+    keys = [key for key in files.in_order() if key in views] + repeated  # when what they copy is there
+    total = sum(files.headers[key].end - files.headers[key].start for key in keys)
+    with files, Progress(total) as progress:
+        for key in keys:
+            scale_key = scales.get(key)
+            if key in views:
+                _fill_one(views[key], key, scale_key, files, check_finite, progress.add)
+            else:
+                _compare(copies[key], key, scale_key, files, progress.add)
+
+
+def _fill_one(
+    view: torch.Tensor, key: str, scale_key: str | None, files: Files, check_finite: bool, count: Callable[[int], None]
+) -> None:
+    target, bad = view.view(-1, view.shape[-1]), 0
+    for first, rows, _ in _pieces(key, scale_key, files, count):
+        place = target[first : first + len(rows)]
+        place.copy_(rows)
+        if check_finite:
+            bad += place.numel() - int(place.isfinite().sum())
+    if bad:
+        raise CheckpointError(f"tensor {key}: {bad} of its {view.numel()} values are NaN or infinite")
+
+
+def _compare(
+    original: torch.Tensor, key: str, scale_key: str | None, files: Files, count: Callable[[int], None]
+) -> None:
+    """A quantised copy of what is not quantised is one if it is its rounding; others are equal to the bit."""
+    target = original.view(-1, original.shape[-1])
+    for first, rows, scale in _pieces(key, scale_key, files, count):
+        wanted = target[first : first + len(rows)]
+        same = torch.equal(rows.to(wanted.dtype), wanted)
+        if not same and (scale is None or not fp8.rounds_to(rows, wanted, scale)):
+            raise UnsupportedError(f"tensor {key} differs from the tensor it copies; glmx ties them")
+
+
+def _pieces(
+    key: str, scale_key: str | None, files: Files, count: Callable[[int], None]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """(first row, rows [n, width], their scales if they were quantised), one after the other."""
+    shape = files.headers[key].shape
+    width = shape[-1]
+    total = math.prod(shape[:-1])
+    step = max(1, _PIECE // max(width, 1))
+    scale = None if scale_key is None else files.tensor(scale_key)
+    for first in range(0, total, step):
+        rows = files.rows(key, first, min(step, total - first))
+        count(rows.nbytes)
+        if scale is None or scale_key is None:
+            yield first, rows, None
+        else:
+            row_scales = fp8.row_scales(scale, scale_key, first, rows)
+            yield first, fp8.dequantised(rows, row_scales), row_scales
+
+
+class Progress:
+    """A line on a terminal that says how much is read; nothing elsewhere, and nothing for what is quick."""
+
+    def __init__(
+        self, total_bytes: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._clock, self._begun = clock, clock()
+        self._next = self._begun + _QUIET_S
+        self._total, self._done, self._width = total_bytes, 0, 0
+        self._shown = self._stream is not None and self._stream.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def add(self, count: int) -> None:
+        """`count` more bytes are read."""
+        self._done += count
+        now = self._clock()
+        if not self._shown or now < self._next:
+            return
+        self._next = now + _REDRAW_S
+        speed = self._done / (now - self._begun)
+        left = (self._total - self._done) / speed if speed else 0.0
+        filled = 30 * self._done // max(self._total, 1)
+        line = (
+            f"loading [{'#' * filled}{'.' * (30 - filled)}] {self._done / 2**30:.1f} of {self._total / 2**30:.1f} GiB, "
+            f"{speed / 2**30:.1f} GiB/s, {left:.0f} s left"
+        )
+        self._stream.write("\r" + line.ljust(self._width))
+        self._stream.flush()
+        self._width = len(line)
+
+    def __exit__(self, *error: object) -> None:
+        if self._width:  # the next line, an error's perhaps, takes the place of the bar
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
