@@ -147,7 +147,8 @@ def test_what_is_in_the_wheel(wheel):
     assert libraries[1:] == ["glmx/libglmx_core.so", "glmx/libglmx_torch.so"]
     modules = {f"glmx/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
     rest = {name for name in names if name.startswith("glmx/")} - modules - set(libraries)
-    assert modules <= set(names) and rest == {"glmx/py.typed", "glmx/data/chat_template.jinja"}
+    templates = {f"glmx/data/{path.name}" for path in PACKAGE.glob("data/*.jinja")}
+    assert len(templates) == 2 and modules <= set(names) and rest == {"glmx/py.typed", *templates}
     strays = [name for name in names if not name.startswith(("glmx/", "glmx-"))]
     assert not strays, strays
 

@@ -192,6 +192,83 @@ def test_chat_template_is_glm_45s(tok):
     assert with_tools.startswith("[gMASK]<sop><|system|>\n# Tools\n\n") and '"city": "Zürich"' in with_tools
 
 
+@pytest.fixture(scope="module")
+def newer(tok):
+    return Tokenizer(tok.hf, chat_template=tokenizer.default_chat_template("glm_moe_dsa"))
+
+
+def test_chat_template_is_glm_5s(newer):
+    """Against the text form of GLM-4.7 and 5, written out: no newlines, a bare </think> where reasoning is dropped."""
+    assert newer.apply_chat_template(CHAT, add_generation_prompt=False) == (
+        "[gMASK]<sop><|system|>Be brief.<|user|>Hi<|assistant|></think>Hello"
+        "<|user|>Weather in Zürich?<|assistant|><think>call it</think><tool_call>weather"
+        "<arg_key>city</arg_key><arg_value>Zürich</arg_value><arg_key>days</arg_key><arg_value>2</arg_value></tool_call>"
+        "<|observation|><tool_response>12 C</tool_response><tool_response>rain</tool_response>"
+        "<|assistant|><think>now say it</think>12 C, rain"
+    )
+    turns = CHAT[1:4]
+    dropped = "[gMASK]<sop><|user|>Hi<|assistant|></think>Hello<|user|>Weather in Zürich?<|assistant|>"
+    kept = "[gMASK]<sop><|user|>Hi<|assistant|><think>greet</think>Hello<|user|>Weather in Zürich?<|assistant|>"
+    assert newer.apply_chat_template(turns) == dropped + "<think>"
+    assert newer.apply_chat_template(turns, enable_thinking=True) == dropped + "<think>"
+    assert newer.apply_chat_template(turns, enable_thinking=False) == dropped + "</think>"
+    assert newer.apply_chat_template(turns, clear_thinking=True) == dropped + "<think>"
+    assert newer.apply_chat_template(turns, clear_thinking=False) == kept + "<think>"
+    plain = [*turns[:1], {"role": "assistant", "content": " done\n"}]
+    said = newer.apply_chat_template(plain, add_generation_prompt=False, clear_thinking=False)
+    assert said == "[gMASK]<sop><|user|>Hi<|assistant|></think>done", "nothing was thought"
+    with_tools = newer.apply_chat_template(turns[:1], tools=TOOLS)
+    assert with_tools == (
+        "[gMASK]<sop><|system|>\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "city": "Zürich"}}}\n'
+        "</tools>\n\nFor each function call, output the function name and arguments within the following XML format:\n"
+        "<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>{arg-value-1}</arg_value>"
+        "<arg_key>{arg-key-2}</arg_key><arg_value>{arg-value-2}</arg_value>...</tool_call>"
+        "<|user|>Hi<|assistant|><think>"
+    )
+
+
+def test_transformers_renders_the_newer_template_alike(newer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    newer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for options in ({}, {"enable_thinking": False}, {"clear_thinking": False}, {"tools": TOOLS}):
+        assert newer.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(
+            CHAT, tokenize=False, add_generation_prompt=True, **options
+        )
+
+
+@pytest.mark.parametrize(
+    "model_type, turn",
+    [
+        ("glm4_moe", "<|user|>\nHi<|assistant|>"),
+        ("glm4_moe_lite", "<|user|>Hi<|assistant|><think>"),
+        ("glm_moe_dsa", "<|user|>Hi<|assistant|><think>"),
+    ],
+)
+def test_a_checkpoint_without_a_template_gets_its_familys(tok, tmp_path, model_type, turn):
+    user = [{"role": "user", "content": "Hi"}]
+    Tokenizer(tok.hf).save(tmp_path)
+    assert Tokenizer.from_dir(tmp_path).chat_template is None
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert Tokenizer.from_dir(tmp_path).apply_chat_template(user) == "[gMASK]<sop>" + turn
+    (tmp_path / "chat_template.jinja").write_text("mine")
+    assert Tokenizer.from_dir(tmp_path).apply_chat_template(user) == "mine"
+
+
+@pytest.mark.parametrize("change", ["llama", 3, None])
+def test_other_checkpoints_without_a_template_get_none(tok, tmp_path, change):
+    """Of a model_type that is not GLM's, or whose vocabulary has no roles."""
+    Tokenizer(tok.hf).save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": change or "glm4_moe"}))
+    if change is None:
+        raw = json.loads(tok.hf.to_str())
+        raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "<|system|>"]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert Tokenizer.from_dir(tmp_path).chat_template is None
+
+
 def test_chat_template_runs_in_a_sandbox(tok):
     evil = Tokenizer(tok.hf, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="messages"):

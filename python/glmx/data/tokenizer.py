@@ -34,6 +34,8 @@ EOS = "<|endoftext|>"
 PREFIX = ("[gMASK]", "<sop>")
 # A turn has no end token: it ends where the next role would begin.
 STOP = (EOS, "<|user|>", "<|observation|>")
+# Without these as tokens of their own, a chat would be ordinary text that looks like one.
+_CHAT_TOKENS = (*PREFIX, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<think>", "</think>")
 SPECIAL_TOKENS = (
     EOS, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>", "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>",
@@ -42,6 +44,12 @@ TAG_TOKENS = (
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink",
 )  # fmt: skip
+# What each family's checkpoints are released with; GLM-4.7, a glm4_moe like 4.5, carries its own.
+_TEMPLATES = {
+    "glm4_moe": "chat_template.jinja",
+    "glm4_moe_lite": "chat_template_glm5.jinja",
+    "glm_moe_dsa": "chat_template_glm5.jinja",
+}
 _MAX_FILE = 2**28  # bytes of tokenizer.json; GLM's has 20 MB
 _MAX_VOCAB = 2**22  # ids; GLM has 151,552. A table this long is made
 # GLM-4's split: contractions, words with one leading mark or space, digits by up to 3, runs of marks, runs of
@@ -96,9 +104,11 @@ def train(texts: Iterable[str], vocab_size: int, *, pattern: str = GLM_PATTERN) 
     return Tokenizer(hf, chat_template=default_chat_template())
 
 
-def default_chat_template() -> str:
-    """The chat template of GLM-4.5's form that a trained tokenizer is saved with."""
-    return resources.files("glmx.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+def default_chat_template(model_type: str = "glm4_moe") -> str:
+    """The chat template for a checkpoint that carries none: GLM-4.5's and 4.6's form for glm4_moe, which a trained
+    tokenizer is saved with too, and the form of GLM-4.7 and 5 for glm4_moe_lite and glm_moe_dsa."""
+    file = resources.files("glmx.data").joinpath(_TEMPLATES[model_type])
+    return file.read_text(encoding="utf-8").rstrip("\n")
 
 
 class Tokenizer:
@@ -142,8 +152,8 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read tokenizer.json, and from beside it the chat template and the stop tokens. Raises
-        CheckpointError."""
+        """Read tokenizer.json, and from beside it the chat template and the stop tokens. Without a template, the
+        built-in one of config.json's model_type, if the vocabulary has its tokens. Raises CheckpointError."""
         base = Path(path)
         file = base / "tokenizer.json"
         if not file.is_file():
@@ -162,6 +172,10 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             if eos_ids is None:
                 eos_ids = _ids(base / name, _read_json(base / name).get("eos_token_id"))
+        if template is None and all(hf.token_to_id(token) is not None for token in _CHAT_TOKENS):
+            model_type = _read_json(base / "config.json").get("model_type")
+            if isinstance(model_type, str) and model_type in _TEMPLATES:
+                template = default_chat_template(model_type)
         tokenizer = cls(hf, chat_template=template, eos_token=eos_token, eos_ids=eos_ids)
         _ = tokenizer._table  # what it cannot decode is said here, not in the middle of a generation
         return tokenizer
