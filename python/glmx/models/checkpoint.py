@@ -117,7 +117,7 @@ def load(
     model has none. On a terminal a bar shows what takes longer than a second. Raises CheckpointError naming
     every missing, unknown, misshapen or (with check_finite) not finite tensor and UnsupportedError for a model
     that glmx does not compute. Nothing of the model's size is allocated before the config and every file's
-    header are known to fit; then the peak is the model's own size and a few pieces of 16 MB.
+    header are known to fit; then the peak is the model's own size and a few pieces of 4 MB.
     """
     directory = resolve(path)
     config = ModelConfig.from_dir(directory)

@@ -18,7 +18,7 @@ from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models import fp8
 from glmx.models.safetensors import Files
 
-_PIECE = 2**22  # values; in fp32 16 MB, which is what a piece of FP8 goes through
+_PIECE = 2**20  # values; in fp32 4 MB, of which a piece of FP8 goes through a few
 _QUIET_S = 1.0  # what takes less is not worth a line
 _REDRAW_S = 0.1
 
