@@ -63,6 +63,8 @@ def resolve(path: str | Path) -> Path:
         if directory.is_dir():
             return _newest_step(directory)
         there = directory.exists()
+    except CheckpointError:  # a ValueError too, which has named its fault
+        raise
     except (OSError, ValueError) as error:  # a name too long for a file, or with a NUL in it
         raise CheckpointError(f"cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}") from None
     if there:
