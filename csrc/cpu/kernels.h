@@ -14,6 +14,10 @@
   void head_gemm_wgrad(const HeadGemmWgradParams& p);              \
   void moe_combine(const MoeCombineParams& p);                     \
   void moe_combine_backward(const MoeCombineBackwardParams& p);    \
+  void attention(const AttentionParams& p);                        \
+  void attention_backward(const AttentionBackwardParams& p);       \
+  void sparse_mla(const SparseMlaParams& p);                       \
+  void sparse_mla_backward(const SparseMlaBackwardParams& p);      \
   void rms_norm(const RmsNormParams& p);                           \
   void rms_norm_backward(const RmsNormBackwardParams& p);          \
   void add_rms_norm(const AddRmsNormParams& p);                    \

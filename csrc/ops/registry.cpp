@@ -19,6 +19,8 @@ const std::vector<OpInfo>& op_table() {
       grouped_gemm_fp32_info(),
       head_gemm_info(),
       moe_combine_info(),
+      attention_info(),
+      sparse_mla_info(),
       rms_norm_info(),
       add_rms_norm_info(),
       layer_norm_info(),

@@ -92,6 +92,8 @@ inline Sequences sequences(const Tensor& cu_seqlens_q, const Tensor& seq_lens, c
   s.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k, "cu_seqlens_k", DType::i32, {s.B + 1});
   s.block_table = data_or_null<int32_t>(block_table, "block_table", DType::i32, {s.B, kAny});
   s.max_blocks = block_table.has_value() ? block_table->size(1) : 0;
+  static constexpr int32_t kNoPage = -1;  // an empty table has no data, and is a table all the same
+  if (block_table.has_value() && s.block_table == nullptr) s.block_table = &kNoPage;
   return s;
 }
 

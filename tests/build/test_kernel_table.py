@@ -21,6 +21,8 @@ EXPECTED = {
     "grouped_gemm fp32": VECTOR,
     "head_gemm": VECTOR,
     "moe_combine": VECTOR,
+    "attention": VECTOR,
+    "sparse_mla": VECTOR,
     "rms_norm": VECTOR,
     "add_rms_norm": VECTOR,
     "layer_norm": VECTOR,

@@ -38,6 +38,8 @@ STEMS = {
     "moe_combine": ("moe_combine",),
     "lm_head_logprob": ("lm_head_logprob",),
     "sum_squares": ("sum_squares",),
+    "attention": ("attention",),
+    "sparse_mla": ("sparse_mla",),
 }
 
 
@@ -791,6 +793,187 @@ def lm_head_logprob_cases() -> Iterator[Case]:
                 "top_n": 4,
             },
         )
+
+
+# --- attention
+# --------------------------------------------------------------------------------------------------
+
+
+def attention_operands(
+    q_lens: list[int],
+    seq_lens: list[int],
+    A: int,
+    G: int,
+    Dk: int,
+    Dv: int,
+    dtype: torch.dtype,
+    *,
+    shared: bool = False,
+    kind: Callable[..., torch.Tensor] = values,
+) -> dict[str, Any]:
+    """Contiguous keys; shared: the values are the first Dv of the keys."""
+    rows = sum(seq_lens)
+    return {
+        "q": kind(sum(q_lens), A, Dk, seed=Dk, dtype=dtype),
+        "k": kind(rows, G, Dk, seed=Dk + 1, dtype=dtype),
+        "v": None if shared else kind(rows, G, Dv, seed=Dk + 2, dtype=dtype),
+        "cu_seqlens_q": offsets_of(q_lens),
+        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
+        "cu_seqlens_k": offsets_of(seq_lens),
+        "v_dim": Dv,
+    }
+
+
+def paged(kwargs: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The same call over a cache of pages in a random order; rows that hold no key are zeros."""
+    lens, cu_k = kwargs["seq_lens"].tolist(), kwargs["cu_seqlens_k"].tolist()
+    counts = [-(-n // 64) for n in lens]
+    order = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(seed))
+    table = torch.full((len(lens), max([*counts, 1])), -1, dtype=torch.int32)
+    out = {**kwargs, "cu_seqlens_k": None, "block_table": table}
+    planes = [name for name in ("k", "v", "kv") if kwargs.get(name) is not None]
+    for name in planes:
+        out[name] = kwargs[name].new_zeros(64 * len(order), *kwargs[name].shape[1:])
+    at = 0
+    for i, n in enumerate(lens):
+        table[i, : counts[i]] = order[at : at + counts[i]].int()
+        at += counts[i]
+        j = torch.arange(n)
+        rows = table[i].long()[j // 64] * 64 + j % 64
+        for name in planes:
+            out[name][rows] = kwargs[name][cu_k[i] : cu_k[i] + n]
+    return out
+
+
+def attention_cases() -> Iterator[Case]:
+    shapes = [  # query lengths, key lengths, A, G, Dk, Dv
+        ([1], [1], 1, 1, 1, 1),
+        ([5, 0, 3], [5, 2, 3], 4, 2, 16, 16),
+        ([1, 1, 1], [1, 64, 130], 12, 1, 33, 20),
+        ([70, 2], [131, 66], 6, 3, 24, 40),
+        ([150], [150], 2, 2, 20, 8),
+        ([0, 0], [0, 3], 2, 1, 8, 8),
+    ]
+    for dtype in DTYPES:
+        for shape in shapes:
+            lens = "of".join("+".join(map(str, n)) for n in shape[:2])
+            name = f"{tag(dtype)}-{lens}-{'x'.join(map(str, shape[2:]))}"
+            yield Case(
+                "attention",
+                name,
+                lambda shape=shape, dtype=dtype: {**attention_operands(*shape, dtype), "return_lse": True},
+                ("q", "k", "v"),
+            )
+            yield Case(
+                "attention",
+                f"{name}-paged",
+                lambda shape=shape, dtype=dtype: {**paged(attention_operands(*shape, dtype), 1), "return_lse": True},
+            )
+        yield Case(
+            "attention",
+            f"{tag(dtype)}-latent",
+            lambda dtype=dtype: {
+                **attention_operands([70, 1], [70, 5], 5, 1, 40, 24, dtype, shared=True),
+                "scale": 0.3,
+            },
+            ("q", "k"),
+        )
+        yield Case(
+            "attention",
+            f"{tag(dtype)}-peaked",  # the maximum moves by much more than 87: probabilities that are flushed
+            lambda dtype=dtype: {**attention_operands([9], [140], 3, 1, 16, 16, dtype), "scale": 40.0},
+            ("q", "k", "v"),
+        )
+        yield Case(
+            "attention",
+            f"{tag(dtype)}-wild-tiny",  # products and sums around the smallest normal number
+            lambda dtype=dtype: {
+                **attention_operands([66], [70], 4, 2, 16, 16, dtype),
+                "v": spread(70, 2, 16, dtype=dtype, low=-134, high=-120),
+                "scale": 8.0,
+            },
+            ("q", "k", "v"),
+        )
+        for name in ("q", "k", "v"):
+            yield Case(
+                "attention",
+                f"{tag(dtype)}-wild-{name}",
+                lambda dtype=dtype, name=name: {
+                    **(kwargs := attention_operands([66], [70], 4, 2, 16, 16, dtype)),
+                    name: wild(*kwargs[name].shape, dtype=dtype),
+                },
+                ("q", "k", "v"),
+            )
+
+
+def mla_operands(
+    q_lens: list[int],
+    seq_lens: list[int],
+    A: int,
+    Dk: int,
+    Dv: int,
+    top_k: int,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    kind: Callable[..., torch.Tensor] = values,
+) -> dict[str, Any]:
+    """Contiguous keys; each row lists at most top_k of the keys that it sees, at random."""
+    dense = attention_operands(q_lens, seq_lens, A, 1, Dk, Dv, dtype, shared=True, kind=kind)
+    g = torch.Generator().manual_seed(seed)
+    lists = torch.full((sum(q_lens), min(top_k, max([*seq_lens, 0]))), -1, dtype=torch.int32)
+    rows = iter(lists)
+    for q_len, keys in zip(q_lens, seq_lens, strict=True):
+        for seen in range(keys - q_len + 1, keys + 1):
+            listed = torch.randperm(seen, generator=g)[: lists.shape[1]].sort().values
+            next(rows)[: len(listed)] = listed.int()
+    kept = {name: dense[name] for name in ("q", "cu_seqlens_q", "seq_lens", "cu_seqlens_k", "v_dim")}
+    return {**kept, "kv": dense["k"][:, 0], "topk_indices": lists, "scale": 0.2}
+
+
+def sparse_mla_cases() -> Iterator[Case]:
+    shapes = [  # query lengths, key lengths, A, Dk, Dv, top_k
+        ([1], [1], 1, 1, 1, 1),
+        ([5, 0, 3], [5, 2, 90], 4, 16, 16, 20),
+        ([1, 1], [300, 130], 9, 40, 24, 100),
+        ([70], [140], 3, 33, 20, 64),
+        ([2], [80], 70, 24, 16, 70),
+        ([0], [3], 2, 8, 8, 2),
+    ]
+    for dtype in DTYPES:
+        for shape in shapes:
+            lens = "of".join("+".join(map(str, n)) for n in shape[:2])
+            name = f"{tag(dtype)}-{lens}-{'x'.join(map(str, shape[2:5]))}-k{shape[5]}"
+            yield Case(
+                "sparse_mla",
+                name,
+                lambda shape=shape, dtype=dtype: {**mla_operands(*shape, dtype), "return_lse": True},
+                ("q", "kv"),
+            )
+            yield Case(
+                "sparse_mla",
+                f"{name}-paged",
+                lambda shape=shape, dtype=dtype: {**paged(mla_operands(*shape, dtype), 1), "return_lse": True},
+            )
+        yield Case(
+            "sparse_mla",
+            f"{tag(dtype)}-empty-lists",
+            lambda dtype=dtype: {
+                **(kwargs := mla_operands([6], [50], 3, 16, 8, 10, dtype)),
+                "topk_indices": kwargs["topk_indices"].index_fill(0, torch.tensor([0, 4]), -1),
+            },
+            ("q", "kv"),
+        )
+        for name in ("q", "kv"):
+            yield Case(
+                "sparse_mla",
+                f"{tag(dtype)}-wild-{name}",
+                lambda dtype=dtype, name=name: {
+                    **(kwargs := mla_operands([9], [90], 5, 24, 16, 40, dtype)),
+                    name: wild(*kwargs[name].shape, dtype=dtype),
+                },
+                ("q", "kv"),
+            )
 
 
 CASES: dict[str, list[Case]] = {

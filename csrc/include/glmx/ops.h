@@ -184,6 +184,98 @@ struct MoeCombineBackwardParams {
 };
 void moe_combine_backward(const MoeCombineBackwardParams& p);
 
+// Attention: what attention and sparse_mla compute for a query row and head over a list of n keys (its own, in order), in model dtype T:
+//   for each block of kBlockKeys keys of the list, in order:
+//     s_j = (GEMM tree over Dk of q . k_j) * scale                                         fp32
+//     m' = max(m, max_j s_j), m from -inf; alpha = e^(m - m'), p_j = e^(s_j - m')          m' = -inf counts as 0 in the differences
+//     l = fma(l, alpha, sum of p_j in sixteen lanes)                                       key j of a block in lane j % 16, folded
+//     O = O * alpha; for each 32 keys of the block: O = O + (chain over even j of p~_j v_j + chain over odd j)   p~: p rounded to T
+//   out = (O + 0) / l, rounded once; lse = m + log(l), formed in fp64. No key: out 0, lse +inf. All s_j = -inf: out NaN, lse -inf.
+// Keys past the n-th are not read: a NaN in them changes nothing. So whole prefill, chunks, decode and verification agree in bits, and the
+// blocks are what AMX tile steps compute. Backward, with p = e^(s - lse):
+//   delta = d_out . out in sixteen lanes; p~_j = p_j rounded to T
+//   ds_j = p_j * (GEMM tree over Dv of d_out . v_j - delta) * scale, rounded to T
+//   d_q = (GEMM tree over the list of ds_j k_j, blocks of 32 keys in order) + 0, rounded once; d_k and d_v: see each op.
+inline constexpr int64_t kBlockKeys = 64;  // keys of a block, counted from the start of the list: part of the bits
+
+// attention: causal attention of each sequence's query rows to its own keys: the list of a row is every key that it sees, in order.
+//   Query head a uses kv head a / (A / G).
+inline constexpr int kAttentionRevision = 1;
+struct AttentionParams {
+  const void* q;  // [T, A, Dk] dtype
+  const void* k;  // [key_rows, G, Dk] dtype
+  const void* v;  // [key_rows, G, Dv] dtype; or null: the first Dv values of k (absorbed MLA), then Dv <= Dk
+  void* out;      // [T, A, Dv] dtype
+  float* lse;     // [T, A], or null
+  Sequences sequences;
+  int64_t A, G, Dk, Dv;  // A % G == 0
+  float scale;
+  DType dtype;
+};
+void attention(const AttentionParams& p);
+
+// Contiguous keys only.
+//   d_k[j] = the GEMM tree over the query rows of the sequence, A / G heads of each token in order, of ds q; d_v likewise of
+//   p~ d_out. Blocks of 32 rows count from the first query row; rows that do not see key j count as zeros, and blocks in which no row
+//   sees any key of j's block of kBlockKeys are left out. Without v, d_k = d_k + d_v in fp32. + 0, one rounding.
+struct AttentionBackwardParams {
+  const void* d_out;  // [T, A, Dv] dtype
+  const void* q;      // [T, A, Dk] dtype
+  const void* k;      // [key_rows, G, Dk] dtype
+  const void* v;      // [key_rows, G, Dv] dtype, or null
+  const void* out;    // [T, A, Dv] dtype, of the forward
+  const float* lse;   // [T, A], of the forward
+  void* d_q;          // [T, A, Dk] dtype
+  void* d_k;          // [key_rows, G, Dk] dtype; rows that hold no key get zeros
+  void* d_v;          // [key_rows, G, Dv] dtype; null when v is
+  float* delta;       // workspace [T, A]
+  Sequences sequences;
+  int64_t A, G, Dk, Dv;
+  float scale;
+  DType dtype;
+};
+void attention_backward(const AttentionBackwardParams& p);
+
+// sparse_mla: absorbed MLA over listed keys: all heads of query token t attend to the keys topk_indices[t] of its sequence, in that order;
+//   the values are the first Dv of a key's Dk values. A list of all keys that a row sees gives the bits of attention.
+inline constexpr int kSparseMlaRevision = 1;
+struct SparseMlaParams {
+  const void* q;                // [T, A, Dk] dtype
+  const void* kv;               // [key_rows, Dk] dtype
+  const int32_t* topk_indices;  // [T, top_k] positions in the sequence, ascending, below what the row sees; then -1
+  void* out;                    // [T, A, Dv] dtype
+  float* lse;                   // [T, A], or null
+  Sequences sequences;
+  int64_t A, Dk, Dv, top_k;  // Dv <= Dk
+  float scale;
+  DType dtype;
+};
+void sparse_mla(const SparseMlaParams& p);
+
+// Contiguous keys only.
+//   d_kv[j], from +0, over the query tokens that list key j, in order: + (GEMM tree over the heads of ds q), then, in its first Dv values,
+//   + (GEMM tree over the heads of p~ d_out); each tree adds its blocks of 32 heads to the sum one by one. + 0, one rounding.
+struct SparseMlaBackwardParams {
+  const void* d_out;            // [T, A, Dv] dtype
+  const void* q;                // [T, A, Dk] dtype
+  const void* kv;               // [key_rows, Dk] dtype
+  const int32_t* topk_indices;  // [T, top_k]
+  const void* out;              // [T, A, Dv] dtype, of the forward
+  const float* lse;             // [T, A], of the forward
+  void* d_q;                    // [T, A, Dk] dtype
+  void* d_kv;                   // [key_rows, Dk] dtype; rows that no token lists get zeros
+  float* delta;                 // workspace [T, A]
+  float* sums;                  // workspace [key_rows, Dk]
+  float* scores;                // workspace [2, score_tokens, ceil(top_k / kBlockKeys), A, kBlockKeys]
+  Sequences sequences;
+  int64_t A, Dk, Dv, top_k;
+  int64_t score_tokens;  // tokens at a time, at least 1: sparse_mla_score_tokens(p). Changes no bits
+  float scale;
+  DType dtype;
+};
+int64_t sparse_mla_score_tokens(const SparseMlaBackwardParams& p);
+void sparse_mla_backward(const SparseMlaBackwardParams& p);
+
 // rms_norm: y = weight * round(x * rsqrt(mean(x^2) + eps)), rounded to dtype before and after the weight (Hugging Face order).
 //   1 / sqrt is computed as an exact square root and an exact division.
 inline constexpr int kRmsNormRevision = 1;

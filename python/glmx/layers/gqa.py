@@ -1,15 +1,13 @@
 """Grouped-query attention with partial RoPE, optional QK-norm and biases (glm4_moe).
 
-Legend: T tokens, H hidden, A query heads, G key/value heads, d head dim, S keys of one sequence.
+Legend: T tokens, H hidden, A query heads, G key/value heads, d head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from glmx import ops
@@ -62,32 +60,9 @@ class GQA(nn.Module):
 def attention(
     q_TAd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, batch: Batch, state: LayerState | None
 ) -> torch.Tensor:
-    """Causal attention within each sequence, its cached keys included -> [T, A, d].
-
-    One call per sequence, so that a sequence's result cannot depend on the batch around it. torch's SDPA
-    stands here until the op `attention` replaces it (step 3); until then prefill and decode agree within
-    rounding, not bit for bit.
-    """
-    lengths = batch.q_lens
-    keys: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    """Causal attention within each sequence, its cached keys included -> [T, A, d]."""
+    cu_seqlens_q, seq_lens = batch.key_bounds
     if state is None:
-        keys = list(zip(k_TGd.split(lengths), v_TGd.split(lengths), strict=True))
-    else:
-        assert batch.seq_ids is not None and batch.seq_lens is not None
-        state.append(batch, k_TGd, v_TGd)
-        keys = list(map(state.rows, batch.seq_ids, batch.seq_lens))
-    out = [_attend_one(q, k, v) for q, (k, v) in zip(q_TAd.split(lengths), keys, strict=True) if len(q)]
-    return torch.cat(out) if len(out) > 1 else out[0] if out else torch.empty_like(q_TAd)
-
-
-def _attend_one(q_LAd: torch.Tensor, k_SGd: torch.Tensor, v_SGd: torch.Tensor) -> torch.Tensor:
-    """The last L of S tokens attend to themselves and to everything before them -> [L, A, d]."""
-    L, S = q_LAd.shape[0], k_SGd.shape[0]
-    mask_LS = None
-    if 1 < L < S:
-        # is_causal counts from the first key; with cached keys row i sees S - L + i + 1 of them.
-        mask_LS = torch.ones(L, S, dtype=torch.bool, device=q_LAd.device).tril(S - L)
-    # [1, heads, tokens, d]: without the leading 1 torch picks a slower kernel.
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LAd, k_SGd, v_SGd))
-    out = F.scaled_dot_product_attention(q, k, v, mask_LS, is_causal=1 < L == S, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+        return ops.attention(q_TAd, k_TGd, v_TGd, cu_seqlens_q, seq_lens, cu_seqlens_k=cu_seqlens_q)
+    state.append(batch, k_TGd, v_TGd)
+    return ops.attention(q_TAd, state.k, state.v, cu_seqlens_q, seq_lens, block_table=state.block_table(batch))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import torch
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -57,3 +59,9 @@ class Batch:
         if self.seq_lens is None:
             return [0] * (len(self.cu_seqlens_q) - 1)
         return [s - q for s, q in zip(self.seq_lens, self.q_lens, strict=True)]
+
+    @cached_property
+    def key_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cu_seqlens_q, seq_lens) as the int32 tensors that the attention ops take."""
+        lengths = self.q_lens if self.seq_lens is None else self.seq_lens
+        return torch.tensor(self.cu_seqlens_q, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)

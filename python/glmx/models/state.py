@@ -10,30 +10,44 @@ import torch
 
 from glmx.models.batch import Batch
 
+PAGE = 64  # rows of a page, as in the ops that attend
+
 
 class LayerState:
-    """Keys (after RoPE) and values of one GQA layer: k, v [num_sequences, max_tokens, kv_heads, head_dim]."""
+    """Keys (after RoPE) and values of one GQA layer: k, v [num_sequences * pages * 64, kv_heads, head_dim].
+
+    Sequence i has the pages [i * pages, (i + 1) * pages): contiguous rows, one block table away from the ops.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        num_sequences, max_tokens, *row = shape
+        self.pages = -(-max_tokens // PAGE)
         # Uninitialised: no row is read before it was written, and the system backs only the pages touched.
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.k = torch.empty(num_sequences * self.pages * PAGE, *row, dtype=dtype, device=device)
+        self.v = torch.empty_like(self.k)
+        self._table = torch.arange(num_sequences * self.pages, dtype=torch.int32).view(num_sequences, self.pages)
+
+    def block_table(self, batch: Batch) -> torch.Tensor:
+        """int32 [S, pages]: the pages of the batch's sequences."""
+        assert batch.seq_ids is not None
+        return self._table[list(batch.seq_ids)]
 
     def append(self, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> None:
-        """Writes the batch's rows behind each sequence's cached ones."""
+        """Writes the batch's rows behind each sequence's cached ones. Cached rows are constants: no gradient."""
         assert batch.seq_ids is not None
         bounds = zip(batch.cu_seqlens_q, batch.seq_ids, batch.cached_lens, batch.q_lens, strict=False)
         for row, seq, cached, new in bounds:
-            self.k[seq, cached : cached + new].copy_(k_TGd[row : row + new])
-            self.v[seq, cached : cached + new].copy_(v_TGd[row : row + new])
-
-    def rows(self, seq: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v [length, kv_heads, head_dim] of one sequence; views."""
-        return self.k[seq, :length], self.v[seq, :length]
+            at = self._first(seq) + cached
+            self.k[at : at + new].copy_(k_TGd[row : row + new].detach())
+            self.v[at : at + new].copy_(v_TGd[row : row + new].detach())
 
     def copy_sequence(self, source: int, target: int, length: int) -> None:
-        self.k[target, :length].copy_(self.k[source, :length])
-        self.v[target, :length].copy_(self.v[source, :length])
+        a, b = self._first(source), self._first(target)
+        self.k[b : b + length].copy_(self.k[a : a + length])
+        self.v[b : b + length].copy_(self.v[a : a + length])
+
+    def _first(self, seq: int) -> int:
+        return seq * self.pages * PAGE
 
 
 class ModelState:

@@ -6,6 +6,7 @@ The functions are imported eagerly so that `glmx.ops.rms_norm` is always the fun
 from __future__ import annotations
 
 from glmx.ops.add_rms_norm import add_rms_norm
+from glmx.ops.attention import Attended, attention
 from glmx.ops.cache_append import cache_append
 from glmx.ops.embedding import embedding
 from glmx.ops.expert_plan import ExpertPlan, expert_plan
@@ -18,12 +19,15 @@ from glmx.ops.rms_norm import rms_norm
 from glmx.ops.rope import rope, rope_cos_sin
 from glmx.ops.route_topk import route_topk
 from glmx.ops.silu_mul import silu_mul
+from glmx.ops.sparse_mla import sparse_mla
 from glmx.ops.sum_squares import sum_squares
 
 __all__ = [
+    "Attended",
     "ExpertPlan",
     "LogProbs",
     "add_rms_norm",
+    "attention",
     "cache_append",
     "embedding",
     "expert_plan",
@@ -40,5 +44,6 @@ __all__ = [
     "rope_cos_sin",
     "route_topk",
     "silu_mul",
+    "sparse_mla",
     "sum_squares",
 ]

@@ -9,6 +9,7 @@ fp64 too) and the result is fp64. Tests derive their tolerances around the exact
 from __future__ import annotations
 
 from glmx.reference.add_rms_norm import add_rms_norm
+from glmx.reference.attention import Attended, attention
 from glmx.reference.cache_append import cache_append
 from glmx.reference.embedding import embedding
 from glmx.reference.expert_plan import ExpertPlan, expert_plan
@@ -23,12 +24,15 @@ from glmx.reference.rope import rope, rope_cos_sin
 from glmx.reference.route_topk import route_topk
 from glmx.reference.sample import sample
 from glmx.reference.silu_mul import silu_mul
+from glmx.reference.sparse_mla import sparse_mla
 from glmx.reference.sum_squares import sum_squares
 
 __all__ = [
+    "Attended",
     "ExpertPlan",
     "LogProbs",
     "add_rms_norm",
+    "attention",
     "cache_append",
     "embedding",
     "expert_plan",
@@ -47,5 +51,6 @@ __all__ = [
     "route_topk",
     "sample",
     "silu_mul",
+    "sparse_mla",
     "sum_squares",
 ]

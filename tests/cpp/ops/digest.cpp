@@ -355,6 +355,56 @@ void lm_head_case(DType dtype, int64_t T, int64_t V, int64_t H, int64_t top_n) {
   record("lm_head_logprob", "d_weight" + name, d_weight);
 }
 
+// Two sequences of 3 and 70 query tokens with 67 and 75 keys; paged: over pages in falling order.
+void attention_case(DType dtype, int64_t A, int64_t G, int64_t Dk, int64_t Dv, bool with_v, bool paged) {
+  const int32_t cu_q[] = {0, 3, 73}, cu_k[] = {0, 67, 142}, lens[] = {67, 75}, table[] = {3, 2, 1, 0};
+  const int64_t T = 73, rows = paged ? 4 * glmx::kPageRows : 142;
+  const Bytes q = values(dtype, T * A * Dk), k = values(dtype, rows * G * Dk), v = values(dtype, rows * G * Dv);
+  const Bytes out = room(dtype, T * A * Dv), lse = room(DType::f32, T * A);
+  const glmx::Sequences s{cu_q, lens, paged ? nullptr : cu_k, paged ? table : nullptr, 2, T, 2, rows};
+  const void* v_data = with_v ? v.get() : nullptr;
+  glmx::attention({q.get(), k.get(), v_data, out.get(), lse.as<float>(), s, A, G, Dk, Dv, 0.25f, dtype});
+  const std::string name = label(paged ? "paged" : "rows", dtype, Dk) + (with_v ? "" : "_latent");
+  record("attention", name + "_out", out);
+  record("attention", name + "_lse", lse);
+  if (paged) return;
+  const Bytes d_out = values(dtype, T * A * Dv), d_q = room(dtype, T * A * Dk), d_k = room(dtype, rows * G * Dk);
+  const Bytes d_v = room(dtype, rows * G * Dv), delta = room(DType::f32, T * A);
+  glmx::attention_backward({d_out.get(), q.get(), k.get(), v_data, out.get(), lse.as<float>(), d_q.get(), d_k.get(),
+                            with_v ? d_v.get() : nullptr, delta.as<float>(), s, A, G, Dk, Dv, 0.25f, dtype});
+  record("attention", name + "_d_q", d_q);
+  record("attention", name + "_d_k", d_k);
+  if (with_v) record("attention", name + "_d_v", d_v);
+}
+
+// One sequence of 20 query tokens and 150 keys; token t lists every (1 + t % 3)-rd key that it sees, up to top_k; token 4 lists none.
+void sparse_mla_case(DType dtype, int64_t A, int64_t Dk, int64_t Dv, int64_t top_k, bool paged) {
+  const int32_t cu_q[] = {0, 20}, cu_k[] = {0, 150}, lens[] = {150}, table[] = {2, 0, 1};
+  const int64_t T = 20, rows = paged ? 3 * glmx::kPageRows : 150;
+  const Bytes q = values(dtype, T * A * Dk), kv = values(dtype, rows * Dk), lists(T * top_k * 4);
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t i = 0; i < top_k; ++i) {
+      const int64_t key = i * (1 + t % 3);
+      lists.as<int32_t>()[t * top_k + i] = key > 130 + t || t == 4 ? -1 : static_cast<int32_t>(key);
+    }
+  }
+  const Bytes out = room(dtype, T * A * Dv), lse = room(DType::f32, T * A);
+  const glmx::Sequences s{cu_q, lens, paged ? nullptr : cu_k, paged ? table : nullptr, 1, T, 3, rows};
+  const int32_t* listed = lists.as<int32_t>();
+  glmx::sparse_mla({q.get(), kv.get(), listed, out.get(), lse.as<float>(), s, A, Dk, Dv, top_k, 0.25f, dtype});
+  const std::string name = label(paged ? "paged" : "rows", dtype, A);
+  record("sparse_mla", name + "_out", out);
+  record("sparse_mla", name + "_lse", lse);
+  if (paged) return;
+  const Bytes d_out = values(dtype, T * A * Dv), d_q = room(dtype, T * A * Dk), d_kv = room(dtype, rows * Dk);
+  const Bytes delta = room(DType::f32, T * A), sums = room(DType::f32, rows * Dk);
+  const Bytes scores = room(DType::f32, 2 * 7 * ((top_k + glmx::kBlockKeys - 1) / glmx::kBlockKeys) * A * glmx::kBlockKeys);
+  glmx::sparse_mla_backward({d_out.get(), q.get(), kv.get(), listed, out.get(), lse.as<float>(), d_q.get(), d_kv.get(), delta.as<float>(),
+                             sums.as<float>(), scores.as<float>(), s, A, Dk, Dv, top_k, 7, 0.25f, dtype});
+  record("sparse_mla", name + "_d_q", d_q);
+  record("sparse_mla", name + "_d_kv", d_kv);
+}
+
 void run_all() {
   for (DType dtype : {DType::f32, DType::bf16}) {
     for (int64_t H : {1, 15, 16, 33, 130}) rms_norm_case(dtype, 67, H);
@@ -376,6 +426,12 @@ void run_all() {
     }
     lm_head_case(dtype, 9, 53, 40, 3);
     lm_head_case(dtype, 3, 1100, 33, 5);
+    for (bool paged : {false, true}) {
+      attention_case(dtype, 6, 2, 33, 20, true, paged);
+      attention_case(dtype, 5, 1, 40, 24, false, paged);
+      sparse_mla_case(dtype, 9, 40, 24, 100, paged);
+      sparse_mla_case(dtype, 70, 16, 16, 33, paged);
+    }
   }
 }
 

@@ -1,0 +1,306 @@
+// Query rows that share one list of keys: their attention to it, and its gradients. What attention and sparse_mla are made of.
+// Included after vec.h, vec64.h and transpose.h, inside their anonymous namespace; numerics as ops.h says under "Attention".
+#pragma once
+#include "cpu/inl/gemm_tile.inl"
+#include "cpu/inl/math64.inl"
+#include "cpu/inl/rows.inl"
+#include "cpu/inl/vec_math.inl"
+
+// Where a tile's elements are in a block of probabilities [query rows][kBlockKeys]: a tile row is a query row, or a key.
+struct QueryTile {
+  static constexpr int row = static_cast<int>(kBlockKeys), depth = 1, block = 32;
+};
+struct KeyTile {
+  static constexpr int row = 1, depth = static_cast<int>(kBlockKeys), block = 32 * static_cast<int>(kBlockKeys);
+};
+
+// Query rows [first, first + count) of a list that holds, from `token` on, `heads` heads of each token, from head `head` on.
+// Each token sees one key more than the token before it.
+struct QueryRows {
+  int64_t token, head, heads, all_heads;
+  int64_t first, count;
+  int64_t keys;  // of `token`
+  int64_t at(int64_t i) const {
+    const int64_t r = first + i;
+    return (token + r / heads) * all_heads + head + r % heads;
+  }
+  int64_t seen(int64_t i) const { return keys + (first + i) / heads; }
+};
+
+// Some keys of a list and their values, each a row of Dk or Dv elements.
+template <class T>
+struct KeyBlock {
+  const T *k, *v;
+  int64_t k_stride, v_stride;
+};
+
+struct AttendShape {
+  int64_t Dk, Dv;
+  float scale;
+};
+
+// Hands out a thread's scratch; with no base it only counts.
+struct Pieces {
+  float* base;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    const int64_t at = used;
+    used += round_up(floats, 16);
+    return base == nullptr ? nullptr : base + at;
+  }
+};
+
+// A Plan is built twice: to count its floats, then over a buffer of that size.
+template <class Plan, class... Args>
+inline Plan plan_in_scratch(const Args&... args) {
+  Pieces count{nullptr};
+  [[maybe_unused]] const Plan counted(count, args...);
+  Pieces pieces{static_cast<float*>(thread_scratch(Scratch::item, count.used * 4))};
+  return Plan(pieces, args...);
+}
+
+template <class T>
+inline void pack_query_tiles(const QueryRows& rows, const T* matrix, int64_t D, float* tiles) {
+  for (int64_t i = 0; i < rows.count; i += kRows) {
+    pack_tile<T>([&](int64_t r) { return matrix + rows.at(i + r) * D; }, least(kRows, rows.count - i), D, tiles + i * round_up(D, 32));
+  }
+}
+
+// out[i][key] = query row i . key, for rows [from, rows), `from` at the start of a tile.
+template <class T>
+inline void queries_times_keys(const float* tiles, int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, int64_t D,
+                               float* panel, float* out) {
+  if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys);
+  std::memset(out + from * kBlockKeys, 0, static_cast<size_t>((rows - from) * kBlockKeys) * 4);
+  for (int64_t j = 0; j < n; j += kCols) {
+    for (int64_t k = 0; k < D; k += kDepth) {
+      const int64_t now = least(kDepth, D - k);
+      pack_panel_rows(keys + j * stride + k, stride, least(kCols, n - j), now, panel);
+      for (int64_t i = from; i < rows; i += kRows) {
+        tile_times_panel_n<PackedRows>(rows - i, tiles + i * round_up(D, 32) + k * kRows, panel, out + i * kBlockKeys + j, kBlockKeys, now);
+      }
+    }
+  }
+}
+
+// acc[i] += p[i] @ rows of `values`, for rows [from, rows): row i takes its first seen[i] keys and touches no other.
+template <class T>
+inline void queries_times_values(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride,
+                                 int64_t n, int64_t D, float* panel, float* acc, int64_t ld) {
+  for (int64_t j = 0; j < D; j += kCols) {
+    pack_panel_columns<T>([&](int64_t key) { return values + key * stride + j; }, least(kCols, D - j), n, panel);
+    for (int64_t i = from, end; i < rows; i = end) {
+      for (end = i + 1; end < least(rows, i + kRows) && seen[end] == seen[i];) ++end;
+      tile_times_panel_n<QueryTile>(end - i, p + i * kBlockKeys, panel, acc + i * ld + j, ld, seen[i]);
+    }
+  }
+}
+
+// How many keys of a block [first, first + n) each row sees. Returns the first row that sees any, at the start of its tile.
+inline int64_t count_seen(const QueryRows& rows, int64_t first, int64_t n, int32_t* seen) {
+  int64_t blind = 0;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t left = rows.seen(i) - first;
+    seen[i] = static_cast<int32_t>(left < 0 ? 0 : least(left, n));
+    if (seen[i] == 0) blind = i + 1;
+  }
+  return blind / kRows * kRows;
+}
+
+// Lane i of vector `at` of a row: does the row see that key ? yes : no.
+inline V16 if_seen(int32_t seen, int64_t at, V16 yes, V16 no) {
+  if (at + 16 <= seen) return yes;
+  alignas(64) const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select_lt(load(lane), set1(static_cast<float>(seen - at)), yes, no);
+}
+
+template <class T>
+struct ForwardPlan {
+  float *tiles, *scores, *acc, *panel;
+  float *max, *next, *alpha, *sum, *total;  // per row
+  int32_t* seen;
+  T* gathered;
+  int64_t ld;
+  ForwardPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows) : ld(round_up(shape.Dv, kCols)) {
+    const int64_t all = round_up(rows, kRows);
+    tiles = pieces.take(all * round_up(shape.Dk, 32));
+    scores = pieces.take(all * kBlockKeys);
+    acc = pieces.take(rows * ld);
+    panel = pieces.take(kDepth * kCols);
+    max = pieces.take(rows);
+    next = pieces.take(rows);
+    alpha = pieces.take(rows);
+    sum = pieces.take(rows);
+    total = pieces.take(rows);
+    seen = reinterpret_cast<int32_t*>(pieces.take(rows));
+    gathered = reinterpret_cast<T*>(pieces.take(gathered_rows * shape.Dk));
+  }
+};
+
+// One step of the online softmax: scores become probabilities against the new maximum; alpha is what the past is worth now.
+template <class T>
+inline void softmax_step(const ForwardPlan<T>& plan, int64_t from, int64_t rows, float scale) {
+  const V16 minus_inf = set1(-__builtin_inff());
+  for (int64_t i = 0; i < rows; ++i) {
+    plan.next[i] = plan.max[i];
+    plan.sum[i] = 0.0f;
+    if (i < from || plan.seen[i] == 0) continue;
+    float* s = plan.scores + i * kBlockKeys;
+    V16 high = minus_inf;
+    for (int64_t j = 0; j < kBlockKeys; j += 16) {
+      const V16 x = if_seen(plan.seen[i], j, mul(load(s + j), set1(scale)), minus_inf);
+      store(s + j, x);
+      high = max(high, x);
+    }
+    const float block_max = fold_max(high);
+    if (plan.max[i] < block_max) plan.next[i] = block_max;
+  }
+  for (int64_t i = 0; i < rows; i += 16) {
+    const V16 next = load(plan.next + i);
+    const V16 base = select_lt(minus_inf, next, next, zero());  // a maximum of -inf counts as 0: -inf - -inf would be NaN
+    store(plan.alpha + i, exp16_below_88(sub(load(plan.max + i), base)));
+    store(plan.max + i, next);
+    store(plan.next + i, base);
+  }
+  for (int64_t i = from; i < rows; ++i) {
+    if (plan.seen[i] == 0) continue;
+    float* s = plan.scores + i * kBlockKeys;
+    const V16 base = set1(plan.next[i]);
+    V16 sum = zero();
+    for (int64_t j = 0; j < kBlockKeys; j += 16) {
+      const V16 p = exp16_below_88(sub(load(s + j), base));
+      sum = add(sum, p);
+      store(s + j, round_to(p, static_cast<const T*>(nullptr)));
+    }
+    plan.sum[i] = fold_add(sum);
+  }
+  for (int64_t i = 0; i < rows; i += 16) {
+    store(plan.total + i, fma(load(plan.total + i), load(plan.alpha + i), load(plan.sum + i)));
+  }
+}
+
+inline void scale_row(float* row, int64_t n, float factor) {
+  for (int64_t j = 0; j < n; j += 16) store(row + j, mul(load(row + j), set1(factor)));
+}
+
+// out[i] and lse[i] of a finished row. Adding +0 turns a sum of -0 into +0: whether a sum of zeros has a sign depends on how many zeros
+// were added.
+template <class T>
+inline void finish_row(const ForwardPlan<T>& plan, int64_t i, bool any_key, int64_t Dv, T* out, float* lse) {
+  const V16 total = set1(plan.total[i]);
+  for (int64_t j = 0; j < Dv; j += 16) {
+    const V16 o = any_key ? div(add(load(plan.acc + i * plan.ld + j), zero()), total) : zero();
+    store_n(out + j, o, lanes(Dv - j));
+  }
+  if (lse == nullptr) return;
+  const double sum = static_cast<double>(plan.max[i]) + log64(static_cast<double>(plan.total[i]));
+  *lse = any_key ? static_cast<float>(sum) : __builtin_inff();
+}
+
+// Keys::block(b, n, gathered) gives the n keys of block b; gathered has room for kBlockKeys rows of Dk if Keys asks for it.
+template <class T, class Keys>
+void attend(const QueryRows& rows, const Keys& keys, const AttendShape& shape, const T* q, T* out, float* lse) {
+  const auto plan = plan_in_scratch<ForwardPlan<T>>(rows.count, shape, Keys::kGathered);
+  for (int64_t i = 0; i < round_up(rows.count, 16); ++i) {
+    plan.max[i] = -__builtin_inff();
+    plan.next[i] = plan.alpha[i] = plan.sum[i] = plan.total[i] = 0.0f;
+  }
+  std::memset(plan.acc, 0, static_cast<size_t>(rows.count * plan.ld) * 4);
+  pack_query_tiles(rows, q, shape.Dk, plan.tiles);
+  const int64_t all = rows.seen(rows.count - 1);
+  for (int64_t first = 0; first < all; first += kBlockKeys) {
+    const int64_t n = least(kBlockKeys, all - first);
+    const KeyBlock<T> block = keys.block(first, n, plan.gathered);
+    const int64_t from = count_seen(rows, first, n, plan.seen);
+    queries_times_keys(plan.tiles, from, rows.count, block.k, block.k_stride, n, shape.Dk, plan.panel, plan.scores);
+    softmax_step(plan, from, rows.count, shape.scale);
+    for (int64_t i = from; i < rows.count; ++i) {
+      if (plan.alpha[i] != 1.0f) scale_row(plan.acc + i * plan.ld, plan.ld, plan.alpha[i]);
+    }
+    queries_times_values(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n, shape.Dv, plan.panel, plan.acc, plan.ld);
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t at = rows.at(i);
+    finish_row(plan, i, rows.seen(i) > 0, shape.Dv, out + at * shape.Dv, lse == nullptr ? nullptr : lse + at);
+  }
+}
+
+// What the backward reads of the forward: its inputs, its results, and what comes from above.
+template <class T>
+struct AttendGradient {
+  const T *q, *d_out;        // [query rows, Dk], [query rows, Dv]
+  const float *lse, *delta;  // [query rows]; delta: d_out . out
+};
+
+// delta = d_out . out, in lanes.
+template <class T>
+inline float gradient_delta(const T* d_out, const T* out, int64_t Dv) {
+  V16 sum = zero();
+  for (int64_t j = 0; j < Dv; j += 16) sum = fma(load_n(d_out + j, lanes(Dv - j)), load_n(out + j, lanes(Dv - j)), sum);
+  return fold_add(sum);
+}
+
+// From s = q . k and dp = d_out . v of one row: s becomes p, dp becomes ds, both rounded; zeros where the row does not see the key.
+template <class T>
+inline void score_gradient(float* s, float* dp, int32_t seen, float scale, float lse, float delta) {
+  const T* rounding = nullptr;
+  for (int64_t j = 0; j < kBlockKeys; j += 16) {
+    const V16 p = exp16_below_88(sub(mul(load(s + j), set1(scale)), set1(lse)));
+    const V16 ds = mul(mul(p, sub(load(dp + j), set1(delta))), set1(scale));
+    store(s + j, if_seen(seen, j, round_to(p, rounding), zero()));
+    store(dp + j, if_seen(seen, j, round_to(ds, rounding), zero()));
+  }
+}
+
+// sum + 0, rounded: a gradient leaves the accumulator.
+template <class T>
+inline void store_gradient(const float* acc, int64_t D, T* out) {
+  for (int64_t j = 0; j < D; j += 16) {
+    const int n = lanes(D - j);
+    store_n(out + j, add(load_n(acc + j, n), zero()), n);
+  }
+}
+
+template <class T>
+struct QueryGradientPlan {
+  float *q, *d_out, *s, *dp, *acc, *panel;
+  int32_t* seen;
+  T* gathered;
+  int64_t ld;
+  QueryGradientPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows) : ld(round_up(shape.Dk, kCols)) {
+    const int64_t all = round_up(rows, kRows);
+    q = pieces.take(all * round_up(shape.Dk, 32));
+    d_out = pieces.take(all * round_up(shape.Dv, 32));
+    s = pieces.take(all * kBlockKeys);
+    dp = pieces.take(all * kBlockKeys);
+    acc = pieces.take(rows * ld);
+    panel = pieces.take(kDepth * kCols);
+    seen = reinterpret_cast<int32_t*>(pieces.take(rows));
+    gathered = reinterpret_cast<T*>(pieces.take(gathered_rows * shape.Dk));
+  }
+};
+
+// dq of these rows: ds @ keys over the blocks in order. Sink::block(first, n, p, ds) sees each block's p and ds, [rows][kBlockKeys].
+template <class T, class Keys, class Sink>
+void attend_query_gradient(const QueryRows& rows, const Keys& keys, const AttendShape& shape, const AttendGradient<T>& in, T* dq,
+                           const Sink& sink) {
+  const auto plan = plan_in_scratch<QueryGradientPlan<T>>(rows.count, shape, Keys::kGathered);
+  std::memset(plan.acc, 0, static_cast<size_t>(rows.count * plan.ld) * 4);
+  pack_query_tiles(rows, in.q, shape.Dk, plan.q);
+  pack_query_tiles(rows, in.d_out, shape.Dv, plan.d_out);
+  const int64_t all = rows.seen(rows.count - 1);
+  for (int64_t first = 0; first < all; first += kBlockKeys) {
+    const int64_t n = least(kBlockKeys, all - first);
+    const KeyBlock<T> block = keys.block(first, n, plan.gathered);
+    const int64_t from = count_seen(rows, first, n, plan.seen);
+    queries_times_keys(plan.q, from, rows.count, block.k, block.k_stride, n, shape.Dk, plan.panel, plan.s);
+    queries_times_keys(plan.d_out, from, rows.count, block.v, block.v_stride, n, shape.Dv, plan.panel, plan.dp);
+    for (int64_t i = from; i < rows.count; ++i) {
+      const int64_t at = rows.at(i);
+      score_gradient<T>(plan.s + i * kBlockKeys, plan.dp + i * kBlockKeys, plan.seen[i], shape.scale, in.lse[at], in.delta[at]);
+    }
+    queries_times_values(plan.dp, plan.seen, from, rows.count, block.k, block.k_stride, n, shape.Dk, plan.panel, plan.acc, plan.ld);
+    sink.block(first, n, plan.s, plan.dp);
+  }
+  for (int64_t i = 0; i < rows.count; ++i) store_gradient(plan.acc + i * plan.ld, shape.Dk, dq + rows.at(i) * shape.Dk);
+}

@@ -1,0 +1,271 @@
+// attention: causal softmax(q k^T * scale) v over each sequence's own keys, several query tokens per sequence; its gradients
+// Contract   include/glmx/ops.h AttentionParams   Oracle reference/attention.py   Doc docs/ops/attention.md
+// Shapes     q [T,A,Dk] | k [rows,G,Dk] | v [rows,G,Dv], or the first Dv of k | out [T,A,Dv] | lse [T,A] f32
+// Layout     the A/G heads of a kv head's tokens are packed as the rows of tiles (fp32); keys are packed, block by block, into panels
+//            that stay in L1 (16 per panel and vector); values are widened on their way into panels. One tile of rows packs no keys
+// Numerics   ops.h, "Attention". A row multiplies no key that it does not see, so a NaN in a later token stays there; X2 and X3 hold
+//            because a row's operations follow from its own sequence and position alone
+// Algorithm  work item = (sequence, kv head, block of query rows); its scores, sums and accumulators stay in L2. Backward: delta of every
+//            row; dq by the same items; dk and dv by items of (sequence, kv head, block of keys), which walk the query rows in order
+// Work/bytes forward 2*A*(Dk + Dv) flop per visible key, G*(Dk + Dv) elements; backward twice the products of scores, 5 more
+// Measured   see docs/ops/attention.md
+// Limits     checked in ops/attention.cpp
+#include "cpu/inl/attend.inl"
+#include "cpu/inl/key_rows.inl"
+
+// Rows of an item: queries and accumulators of 80K floats (320 KB) leave room in an L2 of 512 KB; beyond 192 rows packing keys is free.
+constexpr int64_t kItemFloats = 80 * 1024, kItemRows = 192;
+
+template <class T>
+struct CachedKeys {
+  static constexpr int64_t kGathered = 0;
+  const Sequences& s;
+  int64_t sequence;
+  const T *k, *v;
+  int64_t k_stride, v_stride;
+  KeyBlock<T> block(int64_t first, int64_t, T*) const {
+    const int64_t row = key_row(s, sequence, first);
+    return {k + row * k_stride, v + row * v_stride, k_stride, v_stride};
+  }
+};
+
+// Params is AttentionParams or AttentionBackwardParams.
+template <class T, class Params>
+inline CachedKeys<T> keys_of(const Params& p, int64_t sequence, int64_t group) {
+  const T* k = static_cast<const T*>(p.k) + group * p.Dk;
+  if (p.v == nullptr) return {p.sequences, sequence, k, k, p.G * p.Dk, p.G * p.Dk};
+  return {p.sequences, sequence, k, static_cast<const T*>(p.v) + group * p.Dv, p.G * p.Dk, p.G * p.Dv};
+}
+
+// All query rows of a sequence and kv head.
+template <class Params>
+inline QueryRows rows_of(const Params& p, int64_t sequence, int64_t group) {
+  const Sequences& s = p.sequences;
+  const int64_t heads = p.A / p.G, token = s.cu_seqlens_q[sequence];
+  return {token, group * heads, heads, p.A, 0, (s.cu_seqlens_q[sequence + 1] - token) * heads, visible_keys(s, sequence, token)};
+}
+
+// A call and how it is cut into items. Which rows share an item changes no bits.
+template <class Params>
+struct Call {
+  const Params& p;
+  int64_t block_rows, items;
+  int64_t blocks(int64_t sequence) const { return (rows_of(p, sequence, 0).count + block_rows - 1) / block_rows; }
+  // All items on one core at about 50 GFLOP/s: `products` times 2 * Dk or Dv flop for each query row and key.
+  int64_t work_ns(int64_t products) const {
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < p.sequences.B; ++i) {
+      pairs += int64_t{p.sequences.cu_seqlens_q[i + 1] - p.sequences.cu_seqlens_q[i]} * p.sequences.seq_lens[i];
+    }
+    return pairs * p.A * (p.Dk + p.Dv) * products / 50;
+  }
+  explicit Call(const Params& params)
+      : p(params), block_rows(round_up(least(kItemRows, kItemFloats / (p.Dk + p.Dv) + 1), kRows)), items(0) {
+    // A decode step has few rows: their heads are split over items until each thread has two.
+    const int64_t wanted = work_ns(2) < kSmallWorkNs ? 1 : 2 * parallel_threads();
+    for (;; block_rows = round_up(block_rows / 2, kRows)) {
+      items = 0;
+      for (int64_t i = 0; i < p.sequences.B; ++i) items += p.G * blocks(i);
+      if (block_rows <= kRows || items >= wanted) return;
+    }
+  }
+  // Late rows see the most keys: they come first, so that no thread is left with them at the end.
+  template <class Body>
+  void at(int64_t item, Body body) const {
+    item = items - 1 - item;
+    for (int64_t i = 0; i < p.sequences.B; ++i) {
+      const int64_t n = p.G * blocks(i);
+      if (item >= n) {
+        item -= n;
+        continue;
+      }
+      QueryRows rows = rows_of(p, i, item % p.G);
+      const int64_t even = round_up((rows.count + n / p.G - 1) / (n / p.G), kRows);  // 64 rows are not 63 and 1
+      rows.first = item / p.G * even;
+      rows.count = least(even, rows.count - rows.first);
+      return body(i, item % p.G, rows);
+    }
+  }
+};
+
+template <class T>
+void forward_item(void* context, int64_t item) {
+  const auto& call = *static_cast<const Call<AttentionParams>*>(context);
+  const AttentionParams& p = call.p;
+  call.at(item, [&](int64_t sequence, int64_t group, const QueryRows& rows) {
+    attend(rows, keys_of<T>(p, sequence, group), {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
+  });
+}
+
+inline void attention_forward(const AttentionParams& p) {
+  Call<AttentionParams> call(p);
+  parallel_items(call.items, call.work_ns(2), p.dtype == DType::bf16 ? forward_item<uint16_t> : forward_item<float>, &call);
+}
+
+template <class T>
+void delta_item(void* context, int64_t item) {
+  const AttentionBackwardParams& p = *static_cast<const AttentionBackwardParams*>(context);
+  const int64_t end = least(p.sequences.T * p.A, (item + 1) * kBlockKeys);
+  for (int64_t r = item * kBlockKeys; r < end; ++r) {
+    p.delta[r] = gradient_delta(static_cast<const T*>(p.d_out) + r * p.Dv, static_cast<const T*>(p.out) + r * p.Dv, p.Dv);
+  }
+}
+
+template <class T>
+inline AttendGradient<T> gradient_of(const AttentionBackwardParams& p) {
+  return {static_cast<const T*>(p.q), static_cast<const T*>(p.d_out), p.lse, p.delta};
+}
+
+struct NoSink {
+  void block(int64_t, int64_t, const float*, const float*) const {}
+};
+
+template <class T>
+void query_gradient_item(void* context, int64_t item) {
+  const auto& call = *static_cast<const Call<AttentionBackwardParams>*>(context);
+  const AttentionBackwardParams& p = call.p;
+  call.at(item, [&](int64_t sequence, int64_t group, const QueryRows& rows) {
+    attend_query_gradient(rows, keys_of<T>(p, sequence, group), {p.Dk, p.Dv, p.scale}, gradient_of<T>(p), static_cast<T*>(p.d_q), NoSink{});
+  });
+}
+
+constexpr int64_t kChunkRows = 64;  // query rows at a time under a block of keys: two blocks of 32 of the tree
+
+struct KeyGradientPlan {
+  float *k, *v, *q, *d_out, *s, *dp, *d_k, *d_v, *panel;
+  int64_t Dk_padded, Dv_padded, k_ld, v_ld;
+  KeyGradientPlan(Pieces& pieces, int64_t Dk, int64_t Dv, bool shared)
+      : Dk_padded(round_up(Dk, 32)), Dv_padded(round_up(Dv, 32)), k_ld(round_up(Dk, kCols)), v_ld(round_up(Dv, kCols)) {
+    k = pieces.take(kBlockKeys * Dk_padded);
+    v = shared ? k : pieces.take(kBlockKeys * Dv_padded);
+    q = pieces.take(round_up(kChunkRows, kRows) * Dk_padded);
+    d_out = pieces.take(round_up(kChunkRows, kRows) * Dv_padded);
+    s = pieces.take(round_up(kChunkRows, kRows) * kBlockKeys);
+    dp = pieces.take(round_up(kChunkRows, kRows) * kBlockKeys);
+    d_k = pieces.take((kBlockKeys + kRows) * k_ld);
+    d_v = pieces.take((kBlockKeys + kRows) * v_ld);
+    panel = pieces.take(kChunkRows * kCols);
+  }
+};
+
+// All panels of a block of keys: panel j holds keys [j * kCols, ...), [depth][kCols].
+template <class T>
+inline void pack_key_panels(const T* keys, int64_t stride, int64_t n, int64_t D, float* panels) {
+  for (int64_t j = 0; j < n; j += kCols) pack_panel_rows(keys + j * stride, stride, least(kCols, n - j), D, panels + j * round_up(D, 32));
+}
+
+// out[i][key] = tile row i . key, for packed panels of `depth` columns each.
+inline void tiles_times_panels(const float* tiles, int64_t rows, int64_t D, const float* panels, int64_t depth, int64_t n, float* out) {
+  std::memset(out, 0, static_cast<size_t>(rows * kBlockKeys) * 4);
+  for (int64_t j = 0; j < n; j += kCols) {
+    for (int64_t k = 0; k < D; k += kDepth) {
+      for (int64_t i = 0; i < rows; i += kRows) {
+        tile_times_panel_n<PackedRows>(rows - i, tiles + i * round_up(D, 32) + k * kRows, panels + j * depth + k * kCols,
+                                       out + i * kBlockKeys + j, kBlockKeys, least(kDepth, D - k));
+      }
+    }
+  }
+}
+
+// acc[key] += the sum over rows of p[row][key] * matrix[row].
+template <class T>
+inline void keys_times_queries(const float* p, const QueryRows& rows, const T* matrix, int64_t D, int64_t n, float* panel, float* acc,
+                               int64_t ld) {
+  for (int64_t j = 0; j < D; j += kCols) {
+    pack_panel_columns<T>([&](int64_t r) { return matrix + rows.at(r) * D + j; }, least(kCols, D - j), rows.count, panel);
+    for (int64_t key = 0; key < n; key += kRows) {
+      tile_times_panel_n<KeyTile>(n - key, p + key, panel, acc + key * ld + j, ld, rows.count);
+    }
+  }
+}
+
+template <class T>
+void key_gradient(const AttentionBackwardParams& p, int64_t sequence, int64_t group, int64_t first, int64_t n) {
+  const bool shared = p.v == nullptr;
+  const auto plan = plan_in_scratch<KeyGradientPlan>(p.Dk, p.Dv, shared);
+  const CachedKeys<T> keys = keys_of<T>(p, sequence, group);
+  const KeyBlock<T> block = keys.block(first, n, nullptr);
+  const AttendGradient<T> in = gradient_of<T>(p);
+  pack_key_panels(block.k, block.k_stride, n, p.Dk, plan.k);
+  if (!shared) pack_key_panels(block.v, block.v_stride, n, p.Dv, plan.v);
+  std::memset(plan.d_k, 0, static_cast<size_t>(n * plan.k_ld) * 4);
+  std::memset(plan.d_v, 0, static_cast<size_t>(n * plan.v_ld) * 4);
+
+  const QueryRows all = rows_of(p, sequence, group);
+  const int64_t blind = first < all.keys ? 0 : (first - all.keys + 1) * all.heads;  // rows before it see none of these keys
+  QueryRows rows = all;
+  for (rows.first = blind / 32 * 32; rows.first < all.count; rows.first += kChunkRows) {
+    rows.count = least(kChunkRows, all.count - rows.first);
+    pack_query_tiles(rows, in.q, p.Dk, plan.q);
+    pack_query_tiles(rows, in.d_out, p.Dv, plan.d_out);
+    tiles_times_panels(plan.q, rows.count, p.Dk, plan.k, plan.Dk_padded, n, plan.s);
+    tiles_times_panels(plan.d_out, rows.count, p.Dv, plan.v, shared ? plan.Dk_padded : plan.Dv_padded, n, plan.dp);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t at = rows.at(i), left = rows.seen(i) - first;
+      const int32_t seen = static_cast<int32_t>(left < 0 ? 0 : least(left, n));
+      score_gradient<T>(plan.s + i * kBlockKeys, plan.dp + i * kBlockKeys, seen, p.scale, in.lse[at], in.delta[at]);
+    }
+    keys_times_queries(plan.s, rows, in.d_out, p.Dv, n, plan.panel, plan.d_v, plan.v_ld);
+    keys_times_queries(plan.dp, rows, in.q, p.Dk, n, plan.panel, plan.d_k, plan.k_ld);
+  }
+
+  const int64_t row = p.sequences.cu_seqlens_k[sequence] + first;
+  for (int64_t key = 0; key < n; ++key) {
+    float *d_k = plan.d_k + key * plan.k_ld, *d_v = plan.d_v + key * plan.v_ld;
+    if (shared) {  // the columns past Dv are keys alone
+      for (int64_t j = 0; j < p.Dv; j += 16) store_n(d_k + j, add(load(d_k + j), load(d_v + j)), lanes(p.Dv - j));
+    } else {
+      store_gradient(d_v, p.Dv, static_cast<T*>(p.d_v) + ((row + key) * p.G + group) * p.Dv);
+    }
+    store_gradient(d_k, p.Dk, static_cast<T*>(p.d_k) + ((row + key) * p.G + group) * p.Dk);
+  }
+}
+
+// Rows that belong to no sequence have no gradient.
+inline void zero_rows_between(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
+  const int64_t size = p.dtype == DType::bf16 ? 2 : 4;
+  const auto clear = [&](void* matrix, int64_t width) {
+    std::memset(static_cast<char*>(matrix) + begin * width * size, 0, static_cast<size_t>((end - begin) * width * size));
+  };
+  clear(p.d_k, p.G * p.Dk);
+  if (p.v != nullptr) clear(p.d_v, p.G * p.Dv);
+}
+
+template <class T>
+void key_gradient_item(void* context, int64_t item) {
+  const AttentionBackwardParams& p = *static_cast<const AttentionBackwardParams*>(context);
+  const Sequences& s = p.sequences;
+  if (item == 0) {
+    zero_rows_between(p, 0, s.cu_seqlens_k[0]);
+    for (int64_t i = 0; i < s.B; ++i) zero_rows_between(p, s.cu_seqlens_k[i] + s.seq_lens[i], s.cu_seqlens_k[i + 1]);
+    return zero_rows_between(p, s.cu_seqlens_k[s.B], s.key_rows);
+  }
+  --item;
+  for (int64_t i = 0; i < s.B; ++i) {
+    const int64_t n = p.G * ((s.seq_lens[i] + kBlockKeys - 1) / kBlockKeys);
+    if (item < n) {
+      const int64_t first = item / p.G * kBlockKeys;
+      return key_gradient<T>(p, i, item % p.G, first, least(kBlockKeys, s.seq_lens[i] - first));
+    }
+    item -= n;
+  }
+}
+
+template <class T>
+void backward_of(const AttentionBackwardParams& p) {
+  void* context = const_cast<AttentionBackwardParams*>(&p);
+  parallel_items((p.sequences.T * p.A + kBlockKeys - 1) / kBlockKeys, p.sequences.T * p.A * p.Dv / 8, delta_item<T>, context);
+  Call<AttentionBackwardParams> call(p);
+  parallel_items(call.items, call.work_ns(3), query_gradient_item<T>, &call);
+  int64_t items = 1;
+  for (int64_t i = 0; i < p.sequences.B; ++i) items += p.G * ((p.sequences.seq_lens[i] + kBlockKeys - 1) / kBlockKeys);
+  parallel_items(items, call.work_ns(4), key_gradient_item<T>, context);
+}
+
+inline void attention_gradients(const AttentionBackwardParams& p) {
+  if (p.dtype == DType::bf16) {
+    backward_of<uint16_t>(p);
+  } else {
+    backward_of<float>(p);
+  }
+}

@@ -1,0 +1,236 @@
+// sparse_mla: absorbed MLA: the heads of a query token attend to the listed keys of one latent cache; its gradients
+// Contract   include/glmx/ops.h SparseMlaParams   Oracle reference/sparse_mla.py   Doc docs/ops/sparse_mla.md
+// Shapes     q [T,A,Dk] | kv [rows,Dk], its first Dv the values | topk_indices [T,top_k] i32 | out [T,A,Dv] | lse [T,A] f32
+// Layout     the heads of a token are the rows of tiles; 64 listed rows are gathered into the item's scratch (one copy for scores and
+//            values) unless they lie side by side, and are then packed as attention packs its keys
+// Numerics   ops.h, "Attention", over the list: a list of all keys in order gives the bits of attention. d_kv: token by token in order, so
+//            a key's sum does not depend on how tokens are grouped
+// Algorithm  forward and d_q: work item = (token, block of heads). d_kv: blocks of tokens; items over tokens leave p and ds in the
+//            workspace, then items over ranges of cache rows add each token's products to the rows of theirs that it lists
+// Work/bytes forward 2*A*(Dk + Dv) flop per listed key and token, Dk elements: bound by arithmetic from about 8 heads
+// Measured   see docs/ops/sparse_mla.md
+// Limits     checked in ops/sparse_mla.cpp
+#include "cpu/inl/attend.inl"
+#include "cpu/inl/key_rows.inl"
+
+constexpr int64_t kMlaItemFloats = 80 * 1024;  // as in attention: 75 heads of 576 + 512 values
+constexpr int64_t kCacheRange = 256;           // cache rows of an item of d_kv: their sums (576 KB in fp32) are spread over all tokens
+
+// The sequence of a query row: the last one that begins at or before it.
+inline int64_t sequence_of(const Sequences& s, int64_t token) {
+  int64_t low = 0, high = s.B - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (s.cu_seqlens_q[middle] <= token) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// First position of an ascending list of n at which the key is `key` or more.
+inline int64_t list_position(const int32_t* list, int64_t n, int64_t key) {
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (list[middle] < key) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+template <class T>
+struct ListedKeys {
+  static constexpr int64_t kGathered = kBlockKeys;
+  const Sequences& s;
+  int64_t sequence;
+  const int32_t* list;
+  const T* kv;
+  int64_t Dk;
+  KeyBlock<T> block(int64_t first, int64_t n, T* gathered) const {
+    const int64_t row = key_row(s, sequence, list[first]), last = list[first + n - 1];
+    const bool one_page = s.block_table == nullptr || list[first] / kPageRows == last / kPageRows;
+    if (one_page && last - list[first] == n - 1) return {kv + row * Dk, kv + row * Dk, Dk, Dk};
+    for (int64_t j = 0; j < n; ++j) {
+      std::memcpy(gathered + j * Dk, kv + key_row(s, sequence, list[first + j]) * Dk, static_cast<size_t>(Dk) * sizeof(T));
+    }
+    return {gathered, gathered, Dk, Dk};
+  }
+};
+
+// A call's tokens [token0, token0 + tokens), and how their heads are cut into items. Which heads share an item changes no bits.
+template <class Params>
+struct MlaCall {
+  const Params& p;
+  int64_t token0, tokens, head_blocks, heads;  // blocks per token, heads per block
+  MlaCall(const Params& params, int64_t first, int64_t count) : p(params), token0(first), tokens(count) {
+    const int64_t most = round_up(least(p.A, kMlaItemFloats / (p.Dk + p.Dv) + 1), kRows);
+    head_blocks = (p.A + most - 1) / most;
+    // A decode step has few tokens: their heads are split over items until each thread has two.
+    const int64_t wanted = work_ns(2) < kSmallWorkNs ? 1 : 2 * parallel_threads();
+    while (tokens * head_blocks < wanted && p.A > head_blocks * kRows) head_blocks *= 2;
+    heads = round_up((p.A + head_blocks - 1) / head_blocks, kRows);
+    head_blocks = (p.A + heads - 1) / heads;
+  }
+  int64_t items() const { return tokens * head_blocks; }
+  int64_t work_ns(int64_t products) const { return tokens * p.A * p.top_k * (p.Dk + p.Dv) * products / 50; }
+  // body(rows, keys, token)
+  template <class T, class Body>
+  void at(int64_t item, Body body) const {
+    const int64_t token = token0 + item / head_blocks, first = item % head_blocks * heads;
+    const int32_t* list = p.topk_indices + token * p.top_k;
+    const QueryRows rows{token, 0, p.A, p.A, first, least(heads, p.A - first), list_length(list, p.top_k)};
+    body(rows, ListedKeys<T>{p.sequences, sequence_of(p.sequences, token), list, static_cast<const T*>(p.kv), p.Dk}, token);
+  }
+  // Lists end where the first -1 stands.
+  static int64_t list_length(const int32_t* list, int64_t top_k) {
+    int64_t low = 0, high = top_k;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (list[middle] >= 0) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+};
+
+template <class T>
+void mla_forward_item(void* context, int64_t item) {
+  const auto& call = *static_cast<const MlaCall<SparseMlaParams>*>(context);
+  const SparseMlaParams& p = call.p;
+  call.template at<T>(item, [&](const QueryRows& rows, const ListedKeys<T>& keys, int64_t) {
+    attend(rows, keys, {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
+  });
+}
+
+inline void mla_forward(const SparseMlaParams& p) {
+  MlaCall<SparseMlaParams> call(p, 0, p.sequences.T);
+  parallel_items(call.items(), call.work_ns(2), p.dtype == DType::bf16 ? mla_forward_item<uint16_t> : mla_forward_item<float>, &call);
+}
+
+template <class T>
+void mla_delta_item(void* context, int64_t item) {
+  const SparseMlaBackwardParams& p = *static_cast<const SparseMlaBackwardParams*>(context);
+  const int64_t end = least(p.sequences.T * p.A, (item + 1) * kBlockKeys);
+  for (int64_t r = item * kBlockKeys; r < end; ++r) {
+    p.delta[r] = gradient_delta(static_cast<const T*>(p.d_out) + r * p.Dv, static_cast<const T*>(p.out) + r * p.Dv, p.Dv);
+  }
+}
+
+// The p and ds of the tokens of a block: [tokens][blocks of keys][A][kBlockKeys], each.
+struct MlaScores {
+  float *p, *ds;
+  int64_t A, key_blocks;
+  int64_t at(int64_t token, int64_t key_block, int64_t head) const { return ((token * key_blocks + key_block) * A + head) * kBlockKeys; }
+};
+
+struct MlaBlock {
+  const SparseMlaBackwardParams& p;
+  MlaCall<SparseMlaBackwardParams> call;
+  MlaScores scores;
+};
+
+struct ScoreSink {
+  const MlaScores& scores;
+  int64_t token, head, rows;
+  void block(int64_t first, int64_t, const float* p, const float* ds) const {
+    const int64_t at = scores.at(token, first / kBlockKeys, head);
+    std::memcpy(scores.p + at, p, static_cast<size_t>(rows * kBlockKeys) * 4);
+    std::memcpy(scores.ds + at, ds, static_cast<size_t>(rows * kBlockKeys) * 4);
+  }
+};
+
+template <class T>
+void mla_query_gradient_item(void* context, int64_t item) {
+  const MlaBlock& block = *static_cast<const MlaBlock*>(context);
+  const SparseMlaBackwardParams& p = block.p;
+  const AttendGradient<T> in{static_cast<const T*>(p.q), static_cast<const T*>(p.d_out), p.lse, p.delta};
+  block.call.template at<T>(item, [&](const QueryRows& rows, const ListedKeys<T>& keys, int64_t token) {
+    const ScoreSink sink{block.scores, token - block.call.token0, rows.first, rows.count};
+    attend_query_gradient(rows, keys, {p.Dk, p.Dv, p.scale}, in, static_cast<T*>(p.d_q), sink);
+  });
+}
+
+// row(position)[0, D) += the sum over the heads of a token of weights[head][position] * matrix[head], for positions [begin, end) of its
+// list; the weights of each block of the list are [A][kBlockKeys].
+template <class T, class Row>
+inline void add_token(const SparseMlaBackwardParams& p, const float* weights, int64_t begin, int64_t end, const T* matrix, int64_t D,
+                      Row row, float* panel, float* products) {
+  const int64_t ld = round_up(D, kCols);
+  for (int64_t from = begin; from < end;) {
+    const int64_t block = from / kBlockKeys, to = least(end, (block + 1) * kBlockKeys), n = to - from;
+    const float* w = weights + block * p.A * kBlockKeys + from % kBlockKeys;
+    for (int64_t i = 0; i < n; ++i) std::memcpy(products + i * ld, row(from + i), static_cast<size_t>(D) * 4);
+    for (int64_t j = 0; j < D; j += kCols) {
+      for (int64_t head = 0; head < p.A; head += kBlockKeys) {
+        const int64_t heads = least(kBlockKeys, p.A - head);
+        pack_panel_columns<T>([&](int64_t h) { return matrix + (head + h) * D + j; }, least(kCols, D - j), heads, panel);
+        for (int64_t i = 0; i < n; i += kRows) {
+          tile_times_panel_n<KeyTile>(n - i, w + head * kBlockKeys + i, panel, products + i * ld + j, ld, heads);
+        }
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) std::memcpy(row(from + i), products + i * ld, static_cast<size_t>(D) * 4);
+    from = to;
+  }
+}
+
+template <class T>
+void mla_key_gradient_item(void* context, int64_t item) {
+  const MlaBlock& block = *static_cast<const MlaBlock*>(context);
+  const SparseMlaBackwardParams& p = block.p;
+  const int64_t range = item * kCacheRange, width = round_up(p.Dk, kCols);
+  float* panel = static_cast<float*>(thread_scratch(Scratch::item, (kBlockKeys * kCols + kBlockKeys * width) * 4));
+  float* products = panel + kBlockKeys * kCols;
+  for (int64_t t = 0; t < block.call.tokens; ++t) {
+    const int64_t token = block.call.token0 + t;
+    const int64_t first_row = p.sequences.cu_seqlens_k[sequence_of(p.sequences, token)];
+    const int32_t* list = p.topk_indices + token * p.top_k;
+    const int64_t n = MlaCall<SparseMlaBackwardParams>::list_length(list, p.top_k);
+    const int64_t begin = list_position(list, n, range - first_row), end = list_position(list, n, range + kCacheRange - first_row);
+    if (begin == end) continue;
+    const auto row = [&](int64_t position) { return p.sums + (first_row + list[position]) * p.Dk; };
+    const int64_t at = block.scores.at(t, 0, 0);
+    add_token(p, block.scores.ds + at, begin, end, static_cast<const T*>(p.q) + token * p.A * p.Dk, p.Dk, row, panel, products);
+    add_token(p, block.scores.p + at, begin, end, static_cast<const T*>(p.d_out) + token * p.A * p.Dv, p.Dv, row, panel, products);
+  }
+}
+
+template <class T>
+void mla_store_item(void* context, int64_t item) {
+  const SparseMlaBackwardParams& p = *static_cast<const SparseMlaBackwardParams*>(context);
+  const int64_t end = least(p.sequences.key_rows, (item + 1) * kCacheRange);
+  for (int64_t r = item * kCacheRange; r < end; ++r) store_gradient(p.sums + r * p.Dk, p.Dk, static_cast<T*>(p.d_kv) + r * p.Dk);
+}
+
+template <class T>
+void mla_backward_of(const SparseMlaBackwardParams& p) {
+  void* context = const_cast<SparseMlaBackwardParams*>(&p);
+  const int64_t T_all = p.sequences.T, rows = p.sequences.key_rows, ranges = (rows + kCacheRange - 1) / kCacheRange;
+  parallel_items((T_all * p.A + kBlockKeys - 1) / kBlockKeys, T_all * p.A * p.Dv / 8, mla_delta_item<T>, context);
+  std::memset(p.sums, 0, static_cast<size_t>(rows * p.Dk) * 4);
+  const int64_t key_blocks = (p.top_k + kBlockKeys - 1) / kBlockKeys;
+  for (int64_t token = 0; token < T_all; token += p.score_tokens) {
+    MlaBlock block{p, {p, token, least(p.score_tokens, T_all - token)}, {p.scores, nullptr, p.A, key_blocks}};
+    block.scores.ds = block.scores.at(p.score_tokens, 0, 0) + p.scores;
+    parallel_items(block.call.items(), block.call.work_ns(3), mla_query_gradient_item<T>, &block);
+    parallel_items(ranges, block.call.work_ns(2), mla_key_gradient_item<T>, &block);
+  }
+  parallel_items(ranges, rows * p.Dk / 8, mla_store_item<T>, context);
+}
+
+inline void mla_backward(const SparseMlaBackwardParams& p) {
+  if (p.dtype == DType::bf16) {
+    mla_backward_of<uint16_t>(p);
+  } else {
+    mla_backward_of<float>(p);
+  }
+}

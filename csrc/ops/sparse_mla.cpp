@@ -1,0 +1,70 @@
+// sparse_mla: checks and kernel choice.
+#include <algorithm>
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "cpu/kernels.h"
+#include "ops/registry.h"
+#include "ops/sequences.h"
+
+namespace glmx {
+namespace {
+using Forward = void(const SparseMlaParams&);
+using Backward = void(const SparseMlaBackwardParams&);
+constexpr Kernel<Forward> kForward[] = {
+    {Isa::avx512, cpu::avx512::sparse_mla}, {Isa::avx2, cpu::avx2::sparse_mla}, {Isa::base, cpu::base::sparse_mla}};
+constexpr Kernel<Backward> kBackward[] = {{Isa::avx512, cpu::avx512::sparse_mla_backward},
+                                          {Isa::avx2, cpu::avx2::sparse_mla_backward},
+                                          {Isa::base, cpu::base::sparse_mla_backward}};
+
+// Ascending positions that the row sees, then -1.
+void check_list(const char* op, const int32_t* list, int64_t top_k, int64_t token, int64_t visible) {
+  int64_t before = -1;
+  int64_t n = 0;
+  for (; n < top_k && list[n] != -1; ++n) {
+    GLMX_CHECK(list[n] > before, op, ": expected ascending topk_indices, or -1: got ", list[n], " after ", before, " at [", token, ", ", n,
+               "]");
+    GLMX_CHECK(list[n] < visible, op, ": expected topk_indices below ", visible, ", the keys that row ", token, " sees: got ", list[n]);
+    before = list[n];
+  }
+  for (; n < top_k; ++n) {
+    GLMX_CHECK(list[n] == -1, op, ": expected -1 behind the first -1 of topk_indices: got ", list[n], " at [", token, ", ", n, "]");
+  }
+}
+
+template <class Params>
+void check(const char* op, const Params& p) {
+  GLMX_CHECK(p.A >= 1, op, ": expected q.shape[1] >= 1: got ", p.A);
+  GLMX_CHECK(p.Dv >= 1 && p.Dv <= p.Dk, op, ": expected 1 <= v_dim <= kv.shape[1] == ", p.Dk, ": got ", p.Dv);
+  GLMX_CHECK(p.scale - p.scale == 0.0f, op, ": expected a finite scale: got ", p.scale);
+  const Sequences& s = p.sequences;
+  check_sequences(op, s);
+  for (int64_t i = 0; i < s.B; ++i) {
+    for (int64_t t = s.cu_seqlens_q[i]; t < s.cu_seqlens_q[i + 1]; ++t) {
+      check_list(op, p.topk_indices + t * p.top_k, p.top_k, t, s.seq_lens[i] - (s.cu_seqlens_q[i + 1] - 1 - t));
+    }
+  }
+}
+}  // namespace
+
+OpInfo sparse_mla_info() { return op_info("sparse_mla", "", kSparseMlaRevision, kForward); }
+
+void sparse_mla(const SparseMlaParams& p) {
+  check("sparse_mla", p);
+  select(kForward).fn(p);
+}
+
+int64_t sparse_mla_score_tokens(const SparseMlaBackwardParams& p) {
+  constexpr int64_t kBytes = int64_t{32} << 20;  // of scores: more tokens at a time share the cost of walking the cache's ranges
+  const int64_t blocks = std::max<int64_t>(1, (p.top_k + kBlockKeys - 1) / kBlockKeys), token = 2 * blocks * p.A * kBlockKeys * 4;
+  return std::clamp<int64_t>(kBytes / token, 1, std::max<int64_t>(1, p.sequences.T));
+}
+
+void sparse_mla_backward(const SparseMlaBackwardParams& p) {
+  check("sparse_mla_backward", p);
+  GLMX_CHECK(p.sequences.cu_seqlens_k != nullptr, "sparse_mla_backward: expected cu_seqlens_k: paged keys have no gradient");
+  GLMX_CHECK(p.score_tokens >= 1, "sparse_mla_backward: expected score_tokens >= 1: got ", p.score_tokens);
+  select(kBackward).fn(p);
+}
+
+}  // namespace glmx
