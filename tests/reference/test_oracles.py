@@ -182,3 +182,21 @@ def test_embedding_and_sum_squares() -> None:
     got = reference.sum_squares(tensors)
     torch.testing.assert_close(got, torch.cat([t.flatten() for t in tensors]).square().sum())
     assert got.dim() == 0 and got.dtype == F64
+
+
+def test_attention_and_sparse_mla() -> None:
+    """Against torch's SDPA: one sequence whose last 5 of 9 tokens ask, then a list of every second key."""
+    q, k, v = randn(5, 6, 8), randn(9, 2, 8, seed=1), randn(9, 2, 10, seed=2)
+    cu, lens, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5], [9], [0, 9]))
+    parts = [x.transpose(0, 1) for x in (q, k, v)]
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    want = F.scaled_dot_product_attention(*parts, mask, enable_gqa=True).transpose(0, 1)
+    got = reference.attention(q, k, v, cu, lens, cu_seqlens_k=cu_k, return_lse=True, exact=True)
+    torch.testing.assert_close(got.out, want)
+    torch.testing.assert_close(got.lse[0, 0], torch.logsumexp(k[:5, 0] @ q[0, 0] * 8**-0.5, 0))
+    lists = torch.tensor([[0, 2, 4, -1, -1]] * 4 + [[0, 2, 4, 6, 8]], dtype=torch.int32)
+    kv = k[:, 0]
+    got = reference.sparse_mla(q, kv, lists, cu, lens, cu_seqlens_k=cu_k, scale=0.3, v_dim=5, exact=True)
+    for t, keys in ((0, kv[:5:2]), (4, kv[::2])):
+        want = F.scaled_dot_product_attention(q[t], keys, keys[:, :5], scale=0.3)
+        torch.testing.assert_close(got[t], want)
