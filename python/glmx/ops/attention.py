@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -60,6 +60,34 @@ class AttentionFunction(torch.autograd.Function):
         return d_q, d_k, d_v, None, None, None
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    v_dim: int | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    v_dim: int | None = None,
+    return_lse: Literal[True],
+) -> Attended: ...
 def attention(
     q: Tensor,
     k: Tensor,

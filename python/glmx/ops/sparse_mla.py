@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -42,6 +44,34 @@ class SparseMlaFunction(torch.autograd.Function):
         return d_q, d_kv, None, None, None, None
 
 
+@overload
+def sparse_mla(
+    q: Tensor,
+    kv: Tensor,
+    topk_indices: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float,
+    v_dim: int,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def sparse_mla(
+    q: Tensor,
+    kv: Tensor,
+    topk_indices: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float,
+    v_dim: int,
+    return_lse: Literal[True],
+) -> Attended: ...
 def sparse_mla(
     q: Tensor,
     kv: Tensor,
