@@ -7,7 +7,7 @@ import torch
 
 from glmx.layers.gqa import attention
 from glmx.models.batch import Batch
-from glmx.models.state import LayerState
+from glmx.models.state import ModelState
 
 A, G, d = 6, 2, 8
 
@@ -40,16 +40,20 @@ def test_training(lengths):
 
 @pytest.mark.parametrize("cached, new", [([0, 0], [4, 2]), ([3, 5], [1, 1]), ([6, 0], [2, 5]), ([2, 7], [3, 0])])
 def test_with_a_cache(cached, new):
-    state = LayerState((3, 10, G, d), torch.float32, torch.device("cpu"))
-    state.k.fill_(float("nan"))  # rows that nobody wrote must not be read
-    state.v.fill_(float("nan"))
+    state = ModelState([{"k": (G, d), "v": (G, d)}], 3, 10, torch.float32, torch.device("cpu"))
+    layer = state.layers[0]
+    for plane in layer.planes.values():
+        plane.fill_(float("nan"))  # pages that nobody took must not be read
     slots = [2, 0]
     before = Batch(Batch.from_lengths(cached).cu_seqlens_q, cached, slots)
     k_past, v_past = rows(sum(cached), G, 4), rows(sum(cached), G, 5)
-    state.append(before, k_past, v_past)
+    state.begin(before, state.lengths)
+    layer.append(k=k_past, v=v_past)
+    state.commit(before, state.lengths)
     batch = Batch(Batch.from_lengths(new).cu_seqlens_q, [c + n for c, n in zip(cached, new, strict=True)], slots)
     q, k, v = rows(sum(new), A, 6), rows(sum(new), G, 7), rows(sum(new), G, 8)
-    out = attention(q, k, v, batch, state).split(new)
+    state.begin(batch, state.lengths)
+    out = attention(q, k, v, batch, layer).split(new)
     for i in range(2):
         keys = torch.cat([k_past.split(cached)[i], k.split(new)[i]])
         values = torch.cat([v_past.split(cached)[i], v.split(new)[i]])

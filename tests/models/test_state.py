@@ -143,3 +143,34 @@ def test_errors(call, words):
 def test_batch_errors(arguments, words):
     with pytest.raises(ValueError, match=words):
         Batch(*arguments)
+
+
+def test_pages_are_shared_and_given_back():
+    """A prefix of two pages and a bit: forks share the full pages, and every page comes back."""
+    model = random_model(tiny_config(), 8)
+    ids, state = random_ids(model.config, 2, 140), model.new_state(3, 192)
+    ids[1, :130] = ids[0, :130]
+    model(ids[:1, :130], state=state)
+    assert state.fork(0) == 1 and state.pages.in_use == 3
+    logits = model(ids[:, 130:], state=state).logits
+    assert torch.equal(logits, model(ids).logits[:, 130:])
+    assert state.pages.in_use == 4, "the third page is each sequence's own now, the first two are shared"
+    state.truncate(1, 100)  # a shared page is written next: the other must not see it
+    new = random_ids(model.config, 1, 20, seed=3)[0]
+    model.forward_tokens(new, torch.arange(100, 120), Batch([0, 20], [120], [1]), state)
+    more = random_ids(model.config, 1, 5, seed=4)
+    whole = model(torch.cat([ids[:1], more], 1)).logits[:, 140:]
+    assert torch.equal(model(more, state=state).logits, whole)
+    for seq in (0, 1):
+        state.free(seq)
+    assert state.pages.in_use == 0
+
+
+def test_a_forward_that_failed_leaves_its_pages_for_the_next():
+    model = random_model(tiny_config(), 9)
+    ids, state = random_ids(model.config, 1, 70), model.new_state(1, 80)
+    state.begin(Batch([0, 70], [70], [0]), state.lengths)
+    assert state.lengths == [0] and state.pages.in_use == 2
+    assert torch.equal(model(ids, state=state).logits, model(ids).logits) and state.pages.in_use == 2
+    state.free(0)
+    assert state.pages.in_use == 0

@@ -64,5 +64,7 @@ def attention(
     cu_seqlens_q, seq_lens = batch.key_bounds
     if state is None:
         return ops.attention(q_TAd, k_TGd, v_TGd, cu_seqlens_q, seq_lens, cu_seqlens_k=cu_seqlens_q)
-    state.append(batch, k_TGd, v_TGd)
-    return ops.attention(q_TAd, state.k, state.v, cu_seqlens_q, seq_lens, block_table=state.block_table(batch))
+    state.append(k=k_TGd, v=v_TGd)
+    return ops.attention(
+        q_TAd, state.planes["k"], state.planes["v"], cu_seqlens_q, seq_lens, block_table=state.block_table
+    )

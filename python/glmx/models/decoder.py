@@ -25,7 +25,7 @@ from glmx.layers.norm import RMSNorm
 from glmx.models import config_json
 from glmx.models.batch import Batch
 from glmx.models.config import ModelConfig
-from glmx.models.state import LayerState, ModelState
+from glmx.models.state import ModelState
 
 
 @dataclass
@@ -206,9 +206,9 @@ class Decoder(nn.Module):
     def new_state(self, num_sequences: int, max_tokens: int) -> ModelState:
         """An empty cache for `num_sequences` sequences of at most `max_tokens` tokens each."""
         config = self.config
-        shape = (num_sequences, max_tokens, config.num_key_value_heads, config.head_dim)
-        layers = [LayerState(shape, self.dtype, self.device) for _ in self.model.layers]
-        return ModelState(layers, num_sequences, max_tokens)
+        row = (config.num_key_value_heads, config.head_dim)
+        planes = [{"k": row, "v": row} for _ in self.model.layers]
+        return ModelState(planes, num_sequences, max_tokens, self.dtype, self.device)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

@@ -1,53 +1,62 @@
 """ModelState and LayerState: everything a sequence leaves behind for its next token.
 
-Step 1 backs a layer with contiguous rows per sequence. The interface is what stays: the forward appends,
-`truncate` takes back (a rejected draft), `fork` copies (a shared prefix), `free` ends a sequence.
+Rows lie in pages of 64. A sequence has one table of pages, which holds for every plane of every layer; forked sequences
+share pages until one of them writes. The forward appends, `truncate` takes back (a rejected draft), `fork` shares (a
+common prefix), `free` ends a sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 
+from glmx import ops
 from glmx.models.batch import Batch
+from glmx.models.pages import PAGE, Changes, Pages
 
-PAGE = 64  # rows of a page, as in the ops that attend
+Planes = Mapping[str, tuple[int, ...]]  # the shape of one token's row in each plane of a layer
+
+
+@dataclass
+class Placement:
+    """Where the rows of the forward in progress lie; `ModelState.begin` writes it, every layer reads it."""
+
+    slot_mapping: torch.Tensor  # int64 [T]: the row of each new token
+    block_table: torch.Tensor  # int32 [S, blocks]: the pages of each sequence of the batch
 
 
 class LayerState:
-    """Keys (after RoPE) and values of one GQA layer: k, v [num_sequences * pages * 64, kv_heads, head_dim].
+    """One layer's cache: named planes [pages * 64, *row], such as keys (after RoPE) and values."""
 
-    Sequence i has the pages [i * pages, (i + 1) * pages): contiguous rows, one block table away from the ops.
-    """
+    def __init__(
+        self, planes: Planes, num_pages: int, placement: Placement, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        # Uninitialised: a page is zeroed when it is first taken, and the system backs only the pages touched.
+        self.planes = {
+            name: torch.empty(num_pages * PAGE, *row, dtype=dtype, device=device) for name, row in planes.items()
+        }
+        self._placement = placement
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        num_sequences, max_tokens, *row = shape
-        self.pages = -(-max_tokens // PAGE)
-        # Uninitialised: no row is read before it was written, and the system backs only the pages touched.
-        self.k = torch.empty(num_sequences * self.pages * PAGE, *row, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
-        self._table = torch.arange(num_sequences * self.pages, dtype=torch.int32).view(num_sequences, self.pages)
+    @property
+    def block_table(self) -> torch.Tensor:
+        """int32 [S, blocks]: the pages of the batch's sequences."""
+        return self._placement.block_table
 
-    def block_table(self, batch: Batch) -> torch.Tensor:
-        """int32 [S, pages]: the pages of the batch's sequences."""
-        assert batch.seq_ids is not None
-        return self._table[list(batch.seq_ids)]
+    def append(self, **rows: torch.Tensor) -> None:
+        """Writes the batch's rows [T, *row] of the named planes. Cached rows are constants: no gradient."""
+        for name, new in rows.items():
+            ops.cache_append(self.planes[name].flatten(1), new.flatten(1), self._placement.slot_mapping)
 
-    def append(self, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> None:
-        """Writes the batch's rows behind each sequence's cached ones. Cached rows are constants: no gradient."""
-        assert batch.seq_ids is not None
-        bounds = zip(batch.cu_seqlens_q, batch.seq_ids, batch.cached_lens, batch.q_lens, strict=False)
-        for row, seq, cached, new in bounds:
-            at = self._first(seq) + cached
-            self.k[at : at + new].copy_(k_TGd[row : row + new].detach())
-            self.v[at : at + new].copy_(v_TGd[row : row + new].detach())
-
-    def copy_sequence(self, source: int, target: int, length: int) -> None:
-        a, b = self._first(source), self._first(target)
-        self.k[b : b + length].copy_(self.k[a : a + length])
-        self.v[b : b + length].copy_(self.v[a : a + length])
-
-    def _first(self, seq: int) -> int:
-        return seq * self.pages * PAGE
+    def change(self, changes: Changes) -> None:
+        """Zeroes fresh pages, so that no row is ever read that was not written; copies those that were shared."""
+        for plane in self.planes.values():
+            pages = plane.view(-1, PAGE, *plane.shape[1:])
+            for page in changes.fresh:
+                pages[page].zero_()
+            for source, target in changes.copies:
+                pages[target].copy_(pages[source])
 
 
 class ModelState:
@@ -59,10 +68,19 @@ class ModelState:
     A slot is taken by `allocate`, by `fork`, or by a forward that names it, and given back by `free`.
     """
 
-    def __init__(self, layers: list[LayerState], num_sequences: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        planes: Sequence[Planes],
+        num_sequences: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         if num_sequences < 1 or max_tokens < 1:
             raise ValueError(f"expected num_sequences, max_tokens >= 1: got {num_sequences}, {max_tokens}")
-        self.layers = layers
+        self.pages = Pages(num_sequences, max_tokens)
+        self._placement = Placement(torch.empty(0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.int32))
+        self.layers = [LayerState(rows, self.pages.total, self._placement, dtype, device) for rows in planes]
         self.num_sequences = num_sequences
         self.max_tokens = max_tokens
         self.lengths = [0] * num_sequences
@@ -86,13 +104,13 @@ class ModelState:
             # MTP entry length-1 was made with the token at `length`, which is one of those forgotten.
             self.mtp_lengths[seq] = min(self.mtp_lengths[seq], max(length - 1, 0))
             self.lengths[seq] = length
+            self.pages.truncate(seq, max(length, self.mtp_lengths[seq]))
 
     def fork(self, seq: int) -> int:
         """A new sequence with the same tokens; later tokens of either do not show in the other."""
         self._check_live(seq)
         target = self.allocate()
-        for layer in self.layers:
-            layer.copy_sequence(seq, target, self.lengths[seq])
+        self.pages.share(seq, target)
         self.lengths[target] = self.lengths[seq]
         self.mtp_lengths[target] = self.mtp_lengths[seq]
         return target
@@ -101,10 +119,14 @@ class ModelState:
         """Ends a sequence; its slot may be taken again."""
         self._check_live(seq)
         self.lengths[seq] = self.mtp_lengths[seq] = 0
+        self.pages.truncate(seq, 0)
         self._taken[seq] = False
 
     def begin(self, batch: Batch, lengths: list[int]) -> None:
-        """Checks a forward's batch against `lengths` (self.lengths or self.mtp_lengths), takes its slots."""
+        """Checks a forward's batch against `lengths` (self.lengths or self.mtp_lengths), takes its slots and pages.
+
+        A forward that fails leaves the pages it took with their sequences, for the next one.
+        """
         if batch.seq_ids is None or batch.seq_lens is None:
             raise ValueError("a forward with a state needs a batch with seq_ids and seq_lens")
         for seq, cached, total in zip(batch.seq_ids, batch.cached_lens, batch.seq_lens, strict=True):
@@ -116,6 +138,17 @@ class ModelState:
                 raise ValueError(f"sequence {seq} would have {total} tokens, the state holds {self.max_tokens}")
         for seq in batch.seq_ids:
             self._taken[seq] = True
+        slots: list[int] = []
+        for seq, cached, total in zip(batch.seq_ids, batch.cached_lens, batch.seq_lens, strict=True):
+            changes = self.pages.prepare(seq, cached, total)
+            for layer in self.layers:
+                layer.change(changes)
+            slots += self.pages.slots(seq, cached, total)
+        self._placement.slot_mapping = torch.tensor(slots, dtype=torch.int64)
+        tables = [self.pages.tables[seq] for seq in batch.seq_ids]
+        width = max(map(len, tables), default=0)
+        padded = [table + [0] * (width - len(table)) for table in tables]
+        self._placement.block_table = torch.tensor(padded, dtype=torch.int32).view(len(tables), width)
 
     def commit(self, batch: Batch, lengths: list[int]) -> None:
         """Counts the tokens that a finished forward has appended."""
