@@ -14,11 +14,12 @@ def _norm(x, weight, eps):
     return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def _rotate(x, positions, config):  # x [T, A, d]
-    r = int(config.head_dim * config.partial_rotary_factor)
+def _rotate(x, positions, config, interleaved=False):  # x [T, A, d]
+    r = config.qk_rope_head_dim if config.is_mla else int(config.head_dim * config.partial_rotary_factor)
     frequencies = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)
     angle = (positions[:, None].double() * frequencies)[:, None]  # [T, 1, r/2]
-    first, second, rest = x[..., : r // 2], x[..., r // 2 : r], x[..., r:]
+    rest = x[..., r:]
+    first, second = (x[..., :r:2], x[..., 1:r:2]) if interleaved else (x[..., : r // 2], x[..., r // 2 : r])
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
@@ -41,6 +42,51 @@ def _attention(x, w, positions, config):
         scores = (q[:, a] @ k[:, g].T) / d**0.5
         scores = scores.masked_fill(torch.triu(torch.ones(T, T, dtype=torch.bool), 1), float("-inf"))
         heads.append(scores.softmax(-1) @ v[:, g])
+    return F.linear(torch.cat(heads, -1), w["self_attn.o_proj.weight"])
+
+
+def _selected(x, latent, w, positions, config):
+    """Which keys each row attends to [T, T]: all of its past, or the index_topk with the highest index scores."""
+    T, causal = len(x), torch.ones(len(x), len(x), dtype=torch.bool).tril()
+    if config.model_type != "glm_moe_dsa" or config.index_topk >= T:
+        return causal
+    q = F.linear(latent, w["self_attn.indexer.wq_b.weight"]).view(T, config.index_n_heads, config.index_head_dim)
+    k_norm = w["self_attn.indexer.k_norm.weight"], w["self_attn.indexer.k_norm.bias"]
+    k = F.layer_norm(F.linear(x, w["self_attn.indexer.wk.weight"]), (config.index_head_dim,), *k_norm, 1e-6)
+    q = _rotate(q, positions, config, config.indexer_rope_interleave)
+    k = _rotate(k[:, None], positions, config, config.indexer_rope_interleave)[:, 0]
+    weights = F.linear(x, w["self_attn.indexer.weights_proj.weight"]) * config.index_n_heads**-0.5
+    scores = (weights[..., None] * (q @ k.T * config.index_head_dim**-0.5).relu()).sum(1)
+    out = torch.zeros_like(causal)
+    for t in range(T):
+        best = scores[t, : t + 1].sort(descending=True, stable=True).indices[: config.index_topk]
+        out[t, best] = True
+    return out
+
+
+def _mla(x, w, positions, config):
+    """Keys and values of every head, expanded: the form that papers write, and that glmx does not compute."""
+    T, A = len(x), config.num_attention_heads
+    nope, c, v_dim = config.qk_nope_head_dim, config.kv_lora_rank, config.v_head_dim
+    latent = x
+    if config.q_lora_rank is None:
+        q = F.linear(x, w["self_attn.q_proj.weight"])
+    else:
+        latent = F.linear(x, w["self_attn.q_a_proj.weight"])
+        latent = _norm(latent, w["self_attn.q_a_layernorm.weight"], config.mla_norm_eps)
+        q = F.linear(latent, w["self_attn.q_b_proj.weight"])
+    q = q.view(T, A, config.qk_head_dim)
+    row = F.linear(x, w["self_attn.kv_a_proj_with_mqa.weight"])
+    kv = _norm(row[:, :c], w["self_attn.kv_a_layernorm.weight"], config.mla_norm_eps)
+    kv = F.linear(kv, w["self_attn.kv_b_proj.weight"]).view(T, A, nope + v_dim)
+    q_rope = _rotate(q[..., nope:], positions, config, config.rope_interleave)
+    k_rope = _rotate(row[:, None, c:], positions, config, config.rope_interleave)
+    unseen = ~_selected(x, latent, w, positions, config)
+    heads = []
+    for a in range(A):
+        scores = q[:, a, :nope] @ kv[:, a, :nope].T + q_rope[:, a] @ k_rope[:, 0].T
+        scores = (scores * config.qk_head_dim**-0.5).masked_fill(unseen, float("-inf"))
+        heads.append(scores.softmax(-1) @ kv[:, a, nope:])
     return F.linear(torch.cat(heads, -1), w["self_attn.o_proj.weight"])
 
 
@@ -83,6 +129,7 @@ def mtp_hidden(
     eps, positions = config.rms_norm_eps, torch.arange(len(hidden))
     embedded = _norm(embed_tokens[next_ids], weights["enorm.weight"], eps)
     x = F.linear(torch.cat([embedded, _norm(hidden, weights["hnorm.weight"], eps)], -1), weights["eh_proj.weight"])
-    x = x + _attention(_norm(x, weights["input_layernorm.weight"], eps), weights, positions, config)
+    attention = _mla if config.is_mla else _attention
+    x = x + attention(_norm(x, weights["input_layernorm.weight"], eps), weights, positions, config)
     x = x + _moe(_norm(x, weights["post_attention_layernorm.weight"], eps), weights, config)
     return _norm(x, weights["shared_head.norm.weight"], eps)

@@ -6,14 +6,28 @@ import pytest
 import torch
 from plain_mtp import mtp_hidden
 
-from tiny_glm import CASES, clear_cut, hf_routes, random_ids, random_model, tiny_config
+from glmx import ops
+from tiny_glm import CASES, FAMILIES, clear_cut, hf_choices, random_ids, random_model, tiny_config
 
 pytest.importorskip("transformers")
 
 
+@pytest.fixture
+def selected(monkeypatch):
+    """The lists of every call of indexer_topk, in order."""
+    lists, real = [], ops.indexer_topk
+
+    def recorded(*args, **kwargs):
+        lists.append(real(*args, **kwargs))
+        return lists[-1]
+
+    monkeypatch.setattr(ops, "indexer_topk", recorded)
+    return lists
+
+
 @pytest.mark.parametrize("start", [0, 100])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_routes(case, start):
+def test_logits_routes_and_keys(case, start, selected):
     model, twin, ids = clear_cut(tiny_config(**CASES[case]), tokens=17, start=start)
     model.train()
     model.collect_scores = True
@@ -21,15 +35,23 @@ def test_logits_and_routes(case, start):
         ours, theirs = model(ids).logits, twin(ids).logits
     assert ours.dtype == torch.float32 and theirs.std() > 0.5
     assert (ours - theirs).abs().max() <= 1e-4
-    routes, _ = hf_routes(twin, ids)
-    assert len(model.router_stats()) == len(routes) == 3 - model.config.first_k_dense_replace
-    for stats, theirs_TK in zip(model.router_stats(), routes, strict=True):
+    choices = hf_choices(twin, ids)
+    config = model.config
+    assert len(model.router_stats()) == len(choices.routes) == config.num_hidden_layers - config.first_k_dense_replace
+    for stats, theirs_TK in zip(model.router_stats(), choices.routes, strict=True):
         assert torch.equal(stats.topk_ids.long().sort(-1).values, theirs_TK.sort(-1).values)
-        counts = torch.bincount(theirs_TK.flatten(), minlength=model.config.n_routed_experts)
+        counts = torch.bincount(theirs_TK.flatten(), minlength=config.n_routed_experts)
         assert torch.equal(stats.expert_counts.long(), counts)
 
+    sparse = config.model_type == "glm_moe_dsa" and config.index_topk < 17
+    assert len(selected) == (sum(map(config.has_indexer, range(config.num_hidden_layers))) if sparse else 0)
+    for mine_Nk, theirs_BTk in zip(selected, choices.keys if sparse else [], strict=True):
+        for row, (mine, their) in enumerate(zip(mine_Nk.tolist(), theirs_BTk.flatten(0, 1).tolist(), strict=True)):
+            visible = {s for s in their if s <= row % 17}  # transformers fills short rows with keys that it masks
+            assert {s for s in mine if s >= 0} == visible, (row, mine, their)
 
-@pytest.mark.parametrize("case", ["plain", "qk_norm_bias", "groups"])
+
+@pytest.mark.parametrize("case", ["plain", "groups", *FAMILIES])
 def test_greedy_ids(case):
     model, twin, ids = clear_cut(tiny_config(**CASES[case]), tokens=5, start=3, rows=1)
     theirs = twin.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, 5:].tolist()

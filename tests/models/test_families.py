@@ -11,7 +11,6 @@ import torch
 from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models import layout
 from glmx.models.config import ModelConfig
-from glmx.models.decoder import Decoder
 from glmx.models.safetensors import SINGLE, read_header
 
 COMMON = {  # of GLM-4.7-Flash and GLM-5: transformers 4 style, with what real files carry
@@ -205,8 +204,6 @@ def test_refused(raw, error, words):
 def test_fields_belong_to_their_family():
     with pytest.raises(CheckpointError, match="kv_lora_rank = 4, but glm4_moe has no such field"):
         replace(ModelConfig.from_dict(GLM5), model_type="glm4_moe", **dict.fromkeys(("q_lora_rank",)), kv_lora_rank=4)
-    with pytest.raises(UnsupportedError, match=r"'glm_moe_dsa' \(GLM-5, 5.1, 5.2 and 5.3: not yet\) is not supported"):
-        Decoder(ModelConfig.from_dict(GLM5), torch.bfloat16, "meta")
 
 
 TINY = {

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from glmx.layers.dsa import DSA, Selection
 from glmx.layers.gqa import GQA
+from glmx.layers.mla import MLA
 from glmx.layers.mlp import MLP
 from glmx.layers.moe import MoE
 from glmx.layers.norm import RMSNorm
@@ -22,10 +24,14 @@ if TYPE_CHECKING:
 
 
 class Stream(NamedTuple):
-    """The residual stream is residual_TH + x_TH; before the first layer there is no x_TH."""
+    """The residual stream is residual_TH + x_TH; before the first layer there is no x_TH.
+
+    `selection` is the keys that the last DSA layer attended to, for the layers that share its list.
+    """
 
     residual_TH: torch.Tensor
     x_TH: torch.Tensor | None = None
+    selection: Selection | None = None
 
     def norm(self, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of the stream, the stream added up)."""
@@ -41,7 +47,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(H, eps, dtype, device)
-        self.self_attn = GQA(config, dtype, device)
+        self.self_attn: GQA | MLA | DSA
+        if config.model_type == "glm_moe_dsa":
+            self.self_attn = DSA(config, layer, dtype, device)
+        else:
+            self.self_attn = (MLA if config.is_mla else GQA)(config, dtype, device)
         self.post_attention_layernorm = RMSNorm(H, eps, dtype, device)
         self.mlp: nn.Module
         if config.is_moe_layer(layer):
@@ -57,6 +67,10 @@ class DecoderLayer(nn.Module):
         state: LayerState | None,
     ) -> Stream:
         x_TH, residual_TH = stream.norm(self.input_layernorm)
-        attended = Stream(residual_TH, self.self_attn(x_TH, cos_sin, batch, state))
-        x_TH, residual_TH = attended.norm(self.post_attention_layernorm)
-        return Stream(residual_TH, self.mlp(x_TH))
+        selection = stream.selection
+        if isinstance(self.self_attn, DSA):
+            attended_TH, selection = self.self_attn.forward_selected(x_TH, cos_sin, batch, state, selection)
+        else:
+            attended_TH = self.self_attn(x_TH, cos_sin, batch, state)
+        x_TH, residual_TH = Stream(residual_TH, attended_TH).norm(self.post_attention_layernorm)
+        return Stream(residual_TH, self.mlp(x_TH), selection)

@@ -17,7 +17,7 @@ from glmx.layers.norm import RMSNorm
 if TYPE_CHECKING:
     from glmx.models.batch import Batch
     from glmx.models.config import ModelConfig
-    from glmx.models.state import LayerState
+    from glmx.models.state import LayerState, Planes
 
 
 class GQA(nn.Module):
@@ -38,6 +38,12 @@ class GQA(nn.Module):
         if config.use_qk_norm:
             self.q_norm = RMSNorm(d, config.rms_norm_eps, dtype, device)
             self.k_norm = RMSNorm(d, config.rms_norm_eps, dtype, device)
+
+    @property
+    def planes(self) -> Planes:
+        """What a token leaves in the cache."""
+        row = (self.kv_heads, self.head_dim)
+        return {"k": row, "v": row}
 
     def forward(
         self,
@@ -61,10 +67,7 @@ def attention(
     q_TAd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, batch: Batch, state: LayerState | None
 ) -> torch.Tensor:
     """Causal attention within each sequence, its cached keys included -> [T, A, d]."""
-    cu_seqlens_q, seq_lens = batch.key_bounds
-    if state is None:
-        return ops.attention(q_TAd, k_TGd, v_TGd, cu_seqlens_q, seq_lens, cu_seqlens_k=cu_seqlens_q)
-    state.append(k=k_TGd, v=v_TGd)
-    return ops.attention(
-        q_TAd, state.planes["k"], state.planes["v"], cu_seqlens_q, seq_lens, block_table=state.block_table
-    )
+    if state is not None:
+        planes = state.append(k=k_TGd, v=v_TGd)
+        k_TGd, v_TGd = planes["k"], planes["v"]
+    return ops.attention(q_TAd, k_TGd, v_TGd, **batch.keys(state))

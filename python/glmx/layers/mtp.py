@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from glmx.layers.block import DecoderLayer, Stream
+from glmx.layers.dsa import Selection
 from glmx.layers.linear import Linear
 from glmx.layers.norm import RMSNorm
 
@@ -47,8 +48,10 @@ class MTPLayer(DecoderLayer):
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         batch: Batch,
         state: LayerState | None,
-    ) -> torch.Tensor:
+        selection: Selection | None = None,
+    ) -> tuple[torch.Tensor, Selection | None]:
+        """-> (z [T, H], the keys attended to where the layer selects). `selection`: an earlier draft step's, reused."""
         joined_T2H = torch.cat([self.enorm(embedding_TH), self.hnorm(hidden_TH)], dim=-1)
-        stream = self(Stream(self.eh_proj(joined_T2H)), cos_sin, batch, state)
+        stream = self(Stream(self.eh_proj(joined_T2H), selection=selection), cos_sin, batch, state)
         z_TH, _ = stream.norm(self.shared_head.norm)
-        return z_TH
+        return z_TH, stream.selection

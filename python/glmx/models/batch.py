@@ -6,8 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
+
+if TYPE_CHECKING:
+    from glmx.models.state import LayerState
+
+
+class Keys(TypedDict):
+    """Where the attention ops find queries and keys, as their arguments: int32 tensors."""
+
+    cu_seqlens_q: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_k: torch.Tensor | None
+    block_table: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,21 @@ class Batch:
         return [s - q for s, q in zip(self.seq_lens, self.q_lens, strict=True)]
 
     @cached_property
-    def key_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cu_seqlens_q, seq_lens) as the int32 tensors that the attention ops take."""
+    def max_keys(self) -> int:
+        """The longest sequence, cached tokens included."""
+        return max(self.q_lens if self.seq_lens is None else self.seq_lens, default=0)
+
+    def keys(self, state: LayerState | None) -> Keys:
+        """Keys in the pages of `state`, or without one in the batch's own rows."""
+        cu_seqlens_q, seq_lens = self._bounds
+        return {
+            "cu_seqlens_q": cu_seqlens_q,
+            "seq_lens": seq_lens,
+            "cu_seqlens_k": cu_seqlens_q if state is None else None,
+            "block_table": None if state is None else state.block_table,
+        }
+
+    @cached_property
+    def _bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = self.q_lens if self.seq_lens is None else self.seq_lens
         return torch.tensor(self.cu_seqlens_q, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)

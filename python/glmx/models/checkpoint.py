@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from glmx.errors import CheckpointError, UnsupportedError, listed, shown
 from glmx.jsonfile import read_bytes
-from glmx.models import config_json, fp8, layout
+from glmx.models import fp8, layout
 from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
 from glmx.models.fill import fill
@@ -124,8 +124,6 @@ def load(
     directory = resolve(path)
     config = ModelConfig.from_dir(directory)
     compute, place = _compute_dtype(config, dtype), _device(device)
-    if config.model_type != config_json.BUILT:
-        raise config_json.unsupported(config.model_type)
     # A name, its shape and its range take a hundred bytes or two; metadata may be longer.
     files = Files(directory, max_header=min(MAX_HEADER, 2**20 + 1024 * layout.num_tensors(config)))
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."

@@ -14,7 +14,6 @@ from typing import Any
 from glmx.errors import CheckpointError, UnsupportedError, shown
 from glmx.models import fp8
 
-BUILT = "glm4_moe"  # the family whose layers exist
 MAX_LAYERS = 4096  # per-layer lists are made; the largest GLM has 92 layers
 
 # model_type -> (transformers' class, the names people know it by).
@@ -52,12 +51,10 @@ _LAYER_TYPES = {"glm4_moe": "full_attention", "glm4_moe_lite": "full_attention",
 
 def unsupported(model_type: Any) -> UnsupportedError:
     """The error for a model that glmx does not build, by the name people know it by."""
-    known = None
-    if isinstance(model_type, str):
-        known = _OTHER_TYPES.get(model_type)
-        known = f"{FAMILIES[model_type][1]}: not yet" if model_type in FAMILIES else known
+    known = _OTHER_TYPES.get(model_type) if isinstance(model_type, str) else None
     known = f" ({known})" if known else ""
-    return UnsupportedError(f"model_type {shown(model_type)}{known} is not supported, only {BUILT!r} is")
+    names = ", ".join(repr(name) for name in FAMILIES)
+    return UnsupportedError(f"model_type {shown(model_type)}{known} is not supported, only {names} are")
 
 
 def values(raw: Mapping[str, Any], types: Mapping[str, str], required: tuple[str, ...]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Decoder: the one forward pass of trainer and server, for glm4_moe checkpoints.
+"""Decoder: the one forward pass of trainer and server, for the three families of GLM checkpoints.
 
 Inside, everything is flat: T rows of several sequences, described by a Batch. Parameter names are the
 checkpoint's, except that gate and up projections are stored as one tensor, gate rows first:
@@ -12,17 +12,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from glmx import ops
 from glmx.layers.block import DecoderLayer, Stream
+from glmx.layers.dsa import DSA, Selection
 from glmx.layers.linear import Linear
 from glmx.layers.moe import MoE, Router, RouterStats
 from glmx.layers.mtp import MTPLayer
 from glmx.layers.norm import RMSNorm
-from glmx.models import config_json
 from glmx.models.batch import Batch
 from glmx.models.config import ModelConfig
 from glmx.models.state import ModelState
@@ -38,6 +39,13 @@ class Output:
 
     logits: torch.Tensor
     mtp_logits: torch.Tensor | None = None
+
+
+class MTPStep(NamedTuple):
+    """One draft step: hidden [T, H], and the keys that a glm_moe_dsa's MTP layer attended to (else None)."""
+
+    hidden: torch.Tensor
+    selection: Selection | None
 
 
 class Embedding(nn.Module):
@@ -64,10 +72,9 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A glm4_moe model. Parameters start uninitialised: `init_weights` or glmx.load fills them.
+    """A glm4_moe, glm4_moe_lite or glm_moe_dsa. Parameters start uninitialised: `init_weights` or glmx.load fills them.
 
     `dtype` is torch.bfloat16 or torch.float32 and is every parameter's; correction biases are fp32 buffers.
-    Raises UnsupportedError for the families whose layers do not exist yet.
     A parameter with an attribute `main_grad` (fp32, same shape) gets its gradient added there.
     """
 
@@ -75,8 +82,6 @@ class Decoder(nn.Module):
         super().__init__()
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float32")
-        if config.model_type != config_json.BUILT:
-            raise config_json.unsupported(config.model_type)
         device = torch.device(device)
         self.config = config
         self.model = Trunk(config, dtype, device)
@@ -111,6 +116,8 @@ class Decoder(nn.Module):
             state.begin(batch, state.lengths)
         for router in self._routers():
             router.stats = None
+        for dsa in self._sparse_layers():
+            dsa.kl = None
         cos_sin = self._cos_sin(positions_T)
         stream = Stream(self.model.embed_tokens(ids_T))
         for index in range(self.config.num_hidden_layers):
@@ -121,6 +128,35 @@ class Decoder(nn.Module):
             state.commit(batch, state.lengths)
         return hidden_TH
 
+    def mtp_step(
+        self,
+        hidden_TH: torch.Tensor,
+        next_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        batch: Batch,
+        state: ModelState | None = None,
+        selection: Selection | None = None,
+    ) -> MTPStep:
+        """One MTP step -> hidden [T, H] after shared_head.norm; `logits` of it predict the token after next_ids.
+
+        Row t holds the hidden state of the token at positions[t] (forward_tokens' result, or this function's
+        own for a further step) and the id of the token behind it. `positions` are forward_tokens': the layer
+        rotates by positions + 1, the place of the embedded token, which is transformers' convention (vLLM
+        uses positions; RoPE is relative, so only a cache must not mix the two). With a state, batch.seq_lens
+        count the MTP layer's tokens (state.mtp_lengths). A `selection` of an earlier step is attended to as it
+        is (config.index_share_for_mtp_iteration); index keys are written all the same.
+        """
+        layer = self.mtp_layer
+        self._check_rows(batch, hidden_TH=hidden_TH, next_ids_T=next_ids_T, positions_T=positions_T)
+        if state is not None:
+            state.begin(batch, state.mtp_lengths)
+        embedding_TH = self.model.embed_tokens(next_ids_T)
+        layer_state = None if state is None else state.layers[self.config.num_hidden_layers]
+        z = layer.predict(embedding_TH, hidden_TH, self._cos_sin(positions_T + 1), batch, layer_state, selection)
+        if state is not None:
+            state.commit(batch, state.mtp_lengths)
+        return MTPStep(*z)
+
     def mtp_hidden(
         self,
         hidden_TH: torch.Tensor,
@@ -129,24 +165,8 @@ class Decoder(nn.Module):
         batch: Batch,
         state: ModelState | None = None,
     ) -> torch.Tensor:
-        """One MTP step -> [T, H] after shared_head.norm; `logits` of it predict the token after next_ids.
-
-        Row t holds the hidden state of the token at positions[t] (forward_tokens' result, or this function's
-        own for a further step) and the id of the token behind it. `positions` are forward_tokens': the layer
-        rotates by positions + 1, the place of the embedded token, which is transformers' convention (vLLM
-        uses positions; RoPE is relative, so only a cache must not mix the two). With a state, batch.seq_lens
-        count the MTP layer's tokens (state.mtp_lengths).
-        """
-        layer = self.mtp_layer
-        self._check_rows(batch, hidden_TH=hidden_TH, next_ids_T=next_ids_T, positions_T=positions_T)
-        if state is not None:
-            state.begin(batch, state.mtp_lengths)
-        embedding_TH = self.model.embed_tokens(next_ids_T)
-        layer_state = None if state is None else state.layers[self.config.num_hidden_layers]
-        z_TH = layer.predict(embedding_TH, hidden_TH, self._cos_sin(positions_T + 1), batch, layer_state)
-        if state is not None:
-            state.commit(batch, state.mtp_lengths)
-        return z_TH
+        """The hidden states of an `mtp_step` that selects its own keys."""
+        return self.mtp_step(hidden_TH, next_ids_T, positions_T, batch, state).hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [.., H] -> fp32 [.., V], unrounded."""
@@ -205,9 +225,7 @@ class Decoder(nn.Module):
     # Beside the forward.
     def new_state(self, num_sequences: int, max_tokens: int) -> ModelState:
         """An empty cache for `num_sequences` sequences of at most `max_tokens` tokens each."""
-        config = self.config
-        row = (config.num_key_value_heads, config.head_dim)
-        planes = [{"k": row, "v": row} for _ in self.model.layers]
+        planes = [layer.self_attn.planes for layer in self.model.layers if isinstance(layer, DecoderLayer)]
         return ModelState(planes, num_sequences, max_tokens, self.dtype, self.device)
 
     @torch.no_grad()
@@ -245,6 +263,37 @@ class Decoder(nn.Module):
         Layers that did not run since the last forward_tokens (the MTP layer, or all in eval mode) are absent.
         """
         return [router.stats for router in self._routers() if router.stats is not None]
+
+    @property
+    def collect_kl(self) -> bool:
+        """Whether training forwards keep the indexers' losses, which nothing else trains them by."""
+        return any(dsa.collect_kl for dsa in self._sparse_layers())
+
+    @collect_kl.setter
+    def collect_kl(self, value: bool) -> None:
+        for dsa in self._sparse_layers():
+            dsa.collect_kl = value
+
+    @property
+    def see_all_keys(self) -> bool:
+        """Whether training forwards of a glm_moe_dsa attend to every key: the dense warm-up of its indexers."""
+        return any(dsa.see_all_keys for dsa in self._sparse_layers())
+
+    @see_all_keys.setter
+    def see_all_keys(self, value: bool) -> None:
+        for dsa in self._sparse_layers():
+            dsa.see_all_keys = value
+
+    def indexer_kl(self) -> list[torch.Tensor]:
+        """Per DSA layer, the MTP layer last: fp32 [T], differentiable in the indexers' parameters alone.
+
+        A layer that shares a list measures the list's owner, so the sum of a group's losses trains its indexer
+        towards the mean of the group's attention. Layers that did not run since the last forward_tokens are absent.
+        """
+        return [dsa.kl for dsa in self._sparse_layers() if dsa.kl is not None]
+
+    def _sparse_layers(self) -> list[DSA]:
+        return [layer.self_attn for layer in self.model.layers if isinstance(layer.self_attn, DSA)]
 
     def _routers(self) -> list[Router]:
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]

@@ -44,10 +44,13 @@ class LayerState:
         """int32 [S, blocks]: the pages of the batch's sequences."""
         return self._placement.block_table
 
-    def append(self, **rows: torch.Tensor) -> None:
-        """Writes the batch's rows [T, *row] of the named planes. Cached rows are constants: no gradient."""
+    def append(self, **rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Writes the batch's rows [T, *row] of the named planes, and returns the planes. Cached rows are constants: no
+        gradient.
+        """
         for name, new in rows.items():
             ops.cache_append(self.planes[name].flatten(1), new.flatten(1), self._placement.slot_mapping)
+        return {name: self.planes[name] for name in rows}
 
     def change(self, changes: Changes) -> None:
         """Zeroes fresh pages, so that no row is ever read that was not written; copies those that were shared."""
