@@ -7,7 +7,7 @@ import torch
 from plain_mtp import mtp_hidden
 
 from glmx import ops
-from tiny_glm import CASES, FAMILIES, clear_cut, hf_choices, random_ids, random_model, tiny_config
+from tiny_glm import CASES, FAMILIES, clear_cut, hf_choices, hf_twin, random_ids, random_model, tiny_config
 
 pytest.importorskip("transformers")
 
@@ -49,6 +49,26 @@ def test_logits_routes_and_keys(case, start, selected):
         for row, (mine, their) in enumerate(zip(mine_Nk.tolist(), theirs_BTk.flatten(0, 1).tolist(), strict=True)):
             visible = {s for s in their if s <= row % 17}  # transformers fills short rows with keys that it masks
             assert {s for s in mine if s >= 0} == visible, (row, mine, their)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_is_as_close_to_exact_math_as_transformers(case):
+    """Mean |logit error| of ours and of transformers' bf16 model, against the same weights in fp32.
+
+    Selections flip in bf16, so single logits say nothing: means over six models are compared.
+    """
+    errors = {"ours": 0.0, "theirs": 0.0}
+    for seed in range(6):
+        model = random_model(tiny_config(**CASES[case]), seed, torch.bfloat16)
+        exact = random_model(tiny_config(**CASES[case]), seed)
+        exact.load_state_dict(model.state_dict())
+        twin, reference = hf_twin(model), hf_twin(exact)
+        ids = random_ids(model.config, 2, 24, seed)
+        with torch.no_grad():
+            expected = reference(ids).logits
+            errors["ours"] += float((model(ids).logits - expected).abs().mean())
+            errors["theirs"] += float((twin(ids).logits.float() - expected).abs().mean())
+    assert errors["theirs"] > 0 and errors["ours"] <= 1.5 * errors["theirs"], errors
 
 
 @pytest.mark.parametrize("case", ["plain", "groups", *FAMILIES])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,10 +15,15 @@ from glmx import ops
 from glmx.models.batch import Batch
 from glmx.ops import attention
 from glmx.reference.attention import key_rows
-from tiny_glm import CASES, random_ids, random_model, tiny_config
+from tiny_glm import CASES, FAMILIES, random_ids, random_model, tiny_config
 
 DTYPES = [torch.float32, torch.bfloat16]
-MODELS = {dtype: random_model(tiny_config(use_qk_norm=True, attention_bias=True), 1, dtype) for dtype in DTYPES}
+# A GLM-5 selects 6 keys here: nearly every row of a sequence is sparse, and the first ones are not.
+MODELS = {(case, dtype): random_model(tiny_config(**CASES[case]), 1, dtype) for case in FAMILIES for dtype in DTYPES}
+every_model = pytest.mark.parametrize(
+    "model", [pytest.param(model, id=f"{case}-{str(dtype)[6:]}") for (case, dtype), model in MODELS.items()]
+)
+FP32 = MODELS["qk_norm_bias", torch.float32]
 
 
 def flat_logits(model, sequences):
@@ -30,11 +36,10 @@ def flat_logits(model, sequences):
     return both.split(batch.q_lens)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=15, deadline=None)
+@every_model
+@settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), place=st.integers(0, 5), n=st.integers(1, 40))
-def test_other_sequences_do_not_show(dtype, lengths, place, n):
-    model = MODELS[dtype]
+def test_other_sequences_do_not_show(model, lengths, place, n):
     probe = random_ids(model.config, 1, n, seed=n)[0]
     others = [random_ids(model.config, 1, length, seed=1000 + length)[0] for length in lengths]
     place = min(place, len(others))
@@ -43,9 +48,18 @@ def test_other_sequences_do_not_show(dtype, lengths, place, n):
     assert torch.equal(alone, together)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_padding_does_not_show(dtype):
-    model, ids = MODELS[dtype], random_ids(MODELS[dtype].config, 3, 20)
+@every_model
+def test_a_ragged_batch_of_17(model):
+    """X2 as it stands in the design: each of 17 sequences alone, and all of them together."""
+    lengths = [1, 2, 5, 6, 7, 8, 13, 21, 34, 55, 63, 64, 65, 70, 0, 3, 40]
+    sequences = [random_ids(model.config, 1, n, seed=n)[0] for n in lengths]
+    for alone, together in zip(sequences, flat_logits(model, sequences), strict=True):
+        assert torch.equal(flat_logits(model, [alone])[0], together), len(alone)
+
+
+@every_model
+def test_padding_does_not_show(model):
+    ids = random_ids(model.config, 3, 20)
     with torch.no_grad():
         out = model(ids, lengths=[7, 20, 0], mtp=True)
         alone = model(ids[:1, :7], mtp=True)
@@ -55,9 +69,9 @@ def test_padding_does_not_show(dtype):
     assert out.logits.shape == out.mtp_logits.shape == (3, 20, model.config.vocab_size)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_repeats_for_any_thread_count(dtype):
-    model, ids = MODELS[dtype], random_ids(MODELS[dtype].config, 3, 33)
+@every_model
+def test_repeats_for_any_thread_count(model):
+    ids = random_ids(model.config, 3, 33)
     with torch.no_grad():
         first = model(ids).logits
         with every_op_shared_out():
@@ -67,14 +81,15 @@ def test_repeats_for_any_thread_count(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_training_mode_computes_the_same_bits(dtype):
-    """X4's model half: what the trainer runs is what the server runs."""
-    model = random_model(tiny_config(**CASES["groups"]), 2, dtype)
+@pytest.mark.parametrize("case", ["groups", *FAMILIES])
+def test_training_mode_computes_the_same_bits(case, dtype):
+    """X4's model half: what the trainer runs, with all that it measures, is what the server runs."""
+    model = random_model(tiny_config(**CASES[case]), 2, dtype)
     ids = random_ids(model.config, 2, 15)
     with torch.no_grad():
         served = model(ids, mtp=True)
     model.train()
-    model.collect_scores = True
+    model.collect_scores = model.collect_kl = True
     trained = model(ids, mtp=True)
     assert trained.logits.requires_grad
     assert torch.equal(trained.logits, served.logits) and torch.equal(trained.mtp_logits, served.mtp_logits)
@@ -139,12 +154,45 @@ def check_chunk_invariance(model, lengths, seed):
         assert torch.equal(one_by_one, ops.lm_head_logprob(theirs, W, ids).logprob)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_model
 @settings(max_examples=12, deadline=None)
 @given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3), seed=st.integers(0, 10**6))
-def test_any_chunking_gives_the_trainers_bits(dtype, lengths, seed):
+def test_any_chunking_gives_the_trainers_bits(model, lengths, seed):
     """X3 and X4: prefill, chunks, single tokens, and verification with rollback, against the trainer's forward."""
-    check_chunk_invariance(MODELS[dtype], lengths, seed)
+    check_chunk_invariance(model, lengths, seed)
+
+
+@every_model
+@settings(max_examples=6, deadline=None)
+@given(n=st.integers(2, 100), seed=st.integers(0, 10**6))
+def test_any_chunking_of_the_mtp_layer(model, n, seed):
+    """X3 of the MTP layer's own cache: in pieces, some of them taken back and done again."""
+    draw, ids = random.Random(seed), random_ids(model.config, 1, n + 1, seed=seed)[0]
+    positions, whole = torch.arange(n), Batch.from_lengths([n])
+    with torch.no_grad():
+        hidden = model.forward_tokens(ids[:n], positions, whole)
+        expected = model.mtp_hidden(hidden, ids[1:], positions, whole)
+        state = model.new_state(1, n + 1)
+        model.forward_tokens(ids, torch.arange(n + 1), Batch([0, n + 1], [n + 1], [0]), state)
+        rows: list[torch.Tensor] = []
+        while len(rows) < n:
+            begin = len(rows)
+            end = min(n, begin + draw.choice([1, 1, 2, 5, 30, 64]))
+            batch = Batch([0, end - begin], [end], [0])
+            rows += model.mtp_hidden(
+                hidden[begin:end], ids[begin + 1 : end + 1], positions[begin:end], batch, state
+            ).unbind()
+            if draw.random() < 0.3:
+                kept = draw.randrange(begin, end + 1)
+                state.truncate(0, kept + 1)
+                model.forward_tokens(
+                    ids[kept + 1 :],
+                    torch.arange(kept + 1, n + 1),
+                    Batch([0, n - kept], [n + 1], [0]),
+                    state,
+                ) if kept < n else None
+                del rows[kept:]
+    assert torch.equal(torch.stack(rows), expected)
 
 
 def split_keys(q, k, v, cu_seqlens_q, seq_lens, *, cu_seqlens_k=None, block_table=None):
@@ -169,11 +217,29 @@ def test_a_kernel_that_is_not_invariant_is_caught(dtype, monkeypatch):
     monkeypatch.setattr(ops, "attention", split_keys)
     with pytest.raises(AssertionError, match="hidden states differ"):
         for seed in range(6):
-            check_chunk_invariance(MODELS[dtype], [130, 40], seed)
+            check_chunk_invariance(MODELS["qk_norm_bias", dtype], [130, 40], seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_selection_that_is_not_invariant_is_caught(dtype, monkeypatch):
+    """An indexer that sees one key less when it decodes a single token: selections differ, and it must show."""
+    select = ops.indexer_topk
+
+    def nearsighted(q, weights, k, cu_seqlens_q, seq_lens, top_k, **keys):
+        lists = select(q, weights, k, cu_seqlens_q, seq_lens, top_k, **keys)
+        for first, end in pairwise(cu_seqlens_q.tolist()):
+            if end - first == 1 and lists[first, -1] >= 0:
+                lists[first] = torch.cat([lists[first, 1:], lists.new_tensor([-1])])
+        return lists
+
+    monkeypatch.setattr(ops, "indexer_topk", nearsighted)
+    with pytest.raises(AssertionError, match="hidden states differ"):
+        for seed in range(6):
+            check_chunk_invariance(MODELS["dsa_shared", dtype], [130, 40], seed)
 
 
 def test_logits_to_keep():
-    model = MODELS[torch.float32]
+    model = FP32
     ids = random_ids(model.config, 3, 9)
     with torch.no_grad():
         full = model(ids).logits
@@ -199,4 +265,4 @@ def test_logits_to_keep():
 )
 def test_bad_arguments(call, words):
     with pytest.raises(ValueError, match=words):
-        call(MODELS[torch.float32])
+        call(FP32)

@@ -54,7 +54,7 @@ class Indexer(nn.Module):
         super().__init__()
         H, I, i = config.hidden_size, config.index_n_heads, config.index_head_dim
         assert config.q_lora_rank is not None, "checked by ModelConfig"
-        self.heads, self.interleaved = I, config.indexer_rope_interleave
+        self.heads, self.dim, self.interleaved = I, i, config.indexer_rope_interleave
         self.weight_scale = (I * i) ** -0.5
         self.wq_b = Linear(config.q_lora_rank, I * i, False, dtype, device)
         self.wk = Linear(H, i, False, dtype, device)
@@ -64,7 +64,7 @@ class Indexer(nn.Module):
     def queries(
         self, x_TH: torch.Tensor, latent_Tq: torch.Tensor, cos_sin: CosSin
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q_TIi = self.wq_b(latent_Tq).view(x_TH.shape[0], self.heads, -1)
+        q_TIi = self.wq_b(latent_Tq).view(-1, self.heads, self.dim)
         weights_TI = self.weights_proj(x_TH, out_dtype=torch.float32) * self.weight_scale
         return ops.rope(q_TIi, *cos_sin, interleaved=self.interleaved), weights_TI
 
