@@ -56,7 +56,8 @@ def quantised(weight, form):
 
 
 def is_quantised(key):
-    return key.endswith("_proj.weight") and "eh_proj" not in key
+    linear = key.endswith(("_proj.weight", "_with_mqa.weight", "_b.weight", "indexer.wk.weight"))
+    return linear and "eh_proj" not in key and "weights_proj" not in key
 
 
 def quantise(tensors, form):
@@ -68,11 +69,23 @@ def quantise(tensors, form):
     return expected
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Sizes that blocks of 128 do not divide: 160 wide, a shared expert of 40, attention of 4 x 48 = 192."""
-    sizes = {"hidden_size": 160, "intermediate_size": 272, "moe_intermediate_size": 40, "head_dim": 48}
-    return random_model(tiny_config(**sizes, num_hidden_layers=2, n_routed_experts=3), 3)
+@pytest.fixture(scope="module", params=["glm4_moe", "glm_moe_dsa"])
+def model(request):
+    """Sizes that blocks of 128 do not divide: 160 wide, a shared expert of 40; attention of 4 x 48 = 192, or a latent
+    row of 200, and index queries of 8 x 24.
+    """
+    sizes = {"hidden_size": 160, "intermediate_size": 272, "moe_intermediate_size": 40}
+    if request.param == "glm4_moe":
+        sizes["head_dim"] = 48
+    else:
+        sizes |= {
+            "q_lora_rank": 136,
+            "kv_lora_rank": 192,
+            "qk_nope_head_dim": 40,
+            "v_head_dim": 48,
+            "index_head_dim": 24,
+        }
+    return random_model(tiny_config(model_type=request.param, **sizes, num_hidden_layers=2, n_routed_experts=3), 3)
 
 
 @pytest.fixture
