@@ -39,6 +39,7 @@ def run(capsys, *argv):
         (["--drain-timeout", "-1"], "--drain-timeout -1.0: expected 0 or more seconds"),
         (["--drain-timeout", "nan"], "--drain-timeout nan: expected 0 or more seconds"),
         (["--max-num-seqs", "0"], "--max-num-seqs 0: expected at least 1"),
+        (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens 0: expected at least 1"),
         (["--port", "0"], "no tokenizer.json in"),
     ],
 )

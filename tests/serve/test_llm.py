@@ -15,7 +15,7 @@ from glmx.data import tokenizer as tokenizers
 from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models import checkpoint
 from glmx.reference.sample import sample
-from tiny_glm import random_ids, random_model, tiny_config
+from tiny_glm import CASES, FAMILIES, random_ids, random_model, tiny_config
 
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Café:\n    pass\n" * 4
 
@@ -56,6 +56,26 @@ def test_greedy_equals_the_plain_loop(llm):
         assert out.outputs[0].token_ids == plain_greedy(llm.model, prompt, 10)
         assert out.outputs[0].finish_reason == "length" and out.outputs[0].stop_reason is None
     assert not llm.engine.has_work and llm.engine.state.lengths == [0, 0, 0]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_pieces_of_a_prompt_change_nothing(case, tmp_path, monkeypatch):
+    """No forward exceeds max_num_batched_tokens, and prompts that do are completed as the plain loop does."""
+    checkpoint.save(random_model(tiny_config(**CASES[case]), 1), tmp_path / "ckpt")
+    llm = glmx.LLM(tmp_path / "ckpt", max_num_seqs=3, max_num_batched_tokens=8)
+    widths, forward = [], llm.model.forward_tokens
+
+    def recorded(ids_T, *args):
+        widths.append(len(ids_T))
+        return forward(ids_T, *args)
+
+    monkeypatch.setattr(llm.model, "forward_tokens", recorded)
+    asked = [random_ids(llm.model.config, 1, n, seed=n)[0].tolist() for n in (3, 29, 8, 16, 1)]
+    outs = llm.generate(asked, glmx.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+    monkeypatch.undo()
+    assert max(widths) == 8
+    for prompt, out in zip(asked, outs, strict=True):
+        assert out.outputs[0].token_ids == plain_greedy(llm.model, prompt, 6)
 
 
 def test_a_seeded_sample_does_not_depend_on_the_batch(llm):

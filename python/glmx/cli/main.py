@@ -28,6 +28,7 @@ COMMANDS = {
     "pretrain": "train a model from a TOML file",
     "generate": "complete a prompt with a checkpoint",
     "serve": "serve a checkpoint over HTTP, as OpenAI's API",
+    "plan": "say how much memory a model and its cache take",
 }
 
 

@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-num-seqs", type=int, default=16, metavar="N", help="requests computed at the same time (default 16)")
     add(
+        "--max-num-batched-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="tokens computed at a time; longer prompts take several forwards (default 8192)",
+    )
+    add(
         "--drain-timeout",
         type=float,
         default=30,
@@ -57,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
             raise UnsupportedError(f"{library} is not installed: pip install 'glmx[serve]'") from None
     if not (0 <= args.drain_timeout < math.inf):
         raise ConfigError(f"--drain-timeout {args.drain_timeout}: expected 0 or more seconds")
-    if args.max_num_seqs < 1:
-        raise ConfigError(f"--max-num-seqs {args.max_num_seqs}: expected at least 1")
+    for option in ("max_num_seqs", "max_num_batched_tokens"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 1")
     key = _api_key(args)
     from glmx.serve import server
 
@@ -81,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
                 dtype=args.dtype,
                 max_model_len=args.max_model_len,
                 max_num_seqs=args.max_num_seqs,
+                max_num_batched_tokens=args.max_num_batched_tokens,
                 check_finite=args.check_weights,
             )
         except RuntimeError as error:  # torch has no type of its own for it on the CPU

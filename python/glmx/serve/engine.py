@@ -79,7 +79,8 @@ class Request:
 class Engine:
     """Runs requests on a model; at most `max_num_seqs` at a time, each of at most `max_model_len` tokens.
 
-    `max_num_batched_tokens` bounds a step: prompts wait while others fill it, but a prompt alone may exceed it.
+    `max_num_batched_tokens` bounds a forward: prompts wait while others fill it, and one that is longer is computed in
+    pieces, which changes no bits. So memory does not grow with a prompt, but for its cache (glmx.models.plan).
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Engine:
     def _admit(self) -> None:
         tokens = len(self.running)
         while self.waiting and len(self.running) < self.state.num_sequences:
-            tokens += self.waiting[0].num_tokens
+            tokens += (self.waiting[0].num_tokens - 1) % self.max_num_batched_tokens + 1  # what _shorten leaves
             if self.running and tokens > self.max_num_batched_tokens:
                 return
             request = self.waiting.popleft()
@@ -170,7 +171,9 @@ class Engine:
         slots = [request.slot for request in batch]
         cached = [self.state.lengths[slot] for slot in slots]
         try:
-            hidden_BH = self._forward(batch, slots, cached)
+            for request in batch:
+                self._shorten(request)
+            hidden_BH = self._forward(batch, slots)
             logits_BV = self.model.logits(hidden_BH)
             ids_B = sample(
                 logits_BV,
@@ -188,21 +191,33 @@ class Engine:
         for request, token, found in zip(batch, ids_B.tolist(), logprobs, strict=True):
             self._append(request, token, found)
 
-    def _forward(self, running: Sequence[Request], slots: Sequence[int], cached: Sequence[int]) -> torch.Tensor:
+    def _shorten(self, request: Request) -> None:
+        """Computes the head of a prompt that one forward does not hold, piece by piece."""
+        slot, piece = request.slot, self.max_num_batched_tokens
+        while request.num_tokens - (cached := self.state.lengths[slot]) > piece:
+            self._append_tokens([slot], [request.tokens_from(cached)[:piece]])
+
+    def _forward(self, running: Sequence[Request], slots: Sequence[int]) -> torch.Tensor:
         """The hidden state [B, H] of each request's last token."""
-        new = [request.tokens_from(start) for request, start in zip(running, cached, strict=True)]
-        totals = [request.num_tokens for request in running]
+        starts = [self.state.lengths[slot] for slot in slots]
+        new = [request.tokens_from(start) for request, start in zip(running, starts, strict=True)]
+        hidden_TH = self._append_tokens(slots, new)
+        ends = Batch.from_lengths([len(ids) for ids in new]).cu_seqlens_q[1:]
+        return hidden_TH[torch.tensor(ends, device=self.model.device) - 1]
+
+    def _append_tokens(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> torch.Tensor:
+        """One forward over the next tokens of each slot -> hidden [T, H]."""
+        starts = [self.state.lengths[slot] for slot in slots]
+        totals = [start + len(ids) for start, ids in zip(starts, new, strict=True)]
         batch = Batch(Batch.from_lengths([len(ids) for ids in new]).cu_seqlens_q, totals, slots)
-        positions = [p for start, total in zip(cached, totals, strict=True) for p in range(start, total)]
+        positions = [p for start, total in zip(starts, totals, strict=True) for p in range(start, total)]
         device = self.model.device
-        hidden_TH = self.model.forward_tokens(
+        return self.model.forward_tokens(
             torch.tensor([i for ids in new for i in ids], device=device),
             torch.tensor(positions, device=device),
             batch,
             self.state,
         )
-        last = torch.tensor(batch.cu_seqlens_q[1:], device=device) - 1
-        return hidden_TH[last]
 
     def _logprobs(
         self, batch: Sequence[Request], hidden_BH: torch.Tensor, logits_BV: torch.Tensor, ids_B: torch.Tensor

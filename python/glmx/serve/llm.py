@@ -34,6 +34,7 @@ class LLM:
     max_model_len  tokens of prompt and completion together; None: the config's max_position_embeddings, at
                    most 8192
     max_num_seqs   requests that run at the same time
+    max_num_batched_tokens  tokens computed at a time: longer prompts take several forwards, with the same results
     check_finite   look for NaN and infinity in the weights while they are read
     seed           where requests without a seed of their own get one from
     """
@@ -46,6 +47,7 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 8192,
         seed: int = 0,
         check_finite: bool = False,
     ) -> None:
@@ -57,7 +59,9 @@ class LLM:
         limit = self.model.config.max_position_embeddings
         if max_model_len is not None and not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}, expected 2..{limit} (max_position_embeddings)")
-        self.engine = Engine(self.model, max_num_seqs, max_model_len or min(limit, 8192))
+        if max_num_batched_tokens < 1:
+            raise ValueError(f"max_num_batched_tokens is {max_num_batched_tokens}, expected at least 1")
+        self.engine = Engine(self.model, max_num_seqs, max_model_len or min(limit, 8192), max_num_batched_tokens)
         self.eos_ids = frozenset(self.tokenizer.eos_ids if self.tokenizer else self.model.config.eos_token_ids)
         self._seed = seed
         self._numbers = itertools.count()  # next() is one step, so any thread may make requests
