@@ -16,6 +16,7 @@ from faults import Fault
 
 STEP = "run/step-00000002"
 CONFIG, WEIGHTS, TOKENIZER = f"{STEP}/config.json", f"{STEP}/model.safetensors", f"{STEP}/tokenizer.json"
+TEMPLATE = f"{STEP}/chat_template.jinja"
 STATE, MOMENTS = f"{STEP}/trainer/state.json", f"{STEP}/trainer/state.safetensors"
 SHARD, START = "data/train-00000-of-00001.bin", "config/config.json"
 NORM = "model.norm.weight"
@@ -250,6 +251,7 @@ def faults() -> list[Fault]:
     add("no such directory", ["serve", "nowhere", "--port", "0"], "nowhere")
     add("a Hub id, not here", ["serve", hub_id, "--port", "0"], f"{hub_id} hf download", no_hub_cache)
     add("no tokenizer", SERVE, TOKENIZER.rpartition("/")[2], removed(TOKENIZER))
+    add("a chat template that is none", SERVE, f"{TEMPLATE} line 1", text(TEMPLATE, "{% for %}"), library=True)
     add("weights cut short", SERVE, WEIGHTS, shorter(WEIGHTS, -1000))
     add("infinity in the weights", [*SERVE, "--check-weights"], NORM, tensors(infinity=NORM))
     add("a device that this build lacks", [*SERVE, "--device", "cuda"], "cuda cpu")

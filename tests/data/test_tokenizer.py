@@ -293,9 +293,29 @@ def test_a_template_that_fails_is_the_messages_error(tok, template, words):
         Tokenizer(tok.hf, chat_template=template).apply_chat_template([{"role": "user", "content": "x"}])
 
 
-def test_a_template_that_is_none_is_the_checkpoints_error(tok):
-    with pytest.raises(CheckpointError, match="chat_template.jinja"):
-        Tokenizer(tok.hf, chat_template="{% if %}").apply_chat_template([{"role": "user", "content": "x"}])
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("\n{% if %}", "line 2: Expected"),
+        ("{{ '", "line 1: unexpected char"),
+        ("{% for i in '' %}" * 30 + "{% endfor %}" * 30, "too many statically nested blocks"),
+    ],
+)
+def test_a_template_that_is_none_is_the_checkpoints_error(tok, tmp_path, template, words):
+    """Said of the file before the first chat, wherever it is, and without it at the first chat."""
+    with pytest.raises(CheckpointError, match=f"^chat_template: .*{words}"):
+        Tokenizer(tok.hf, chat_template=template).apply_chat_template([{"role": "user", "content": "x"}])
+    tok.save(tmp_path)
+    tokenizer.check_chat_template(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    tokenizer.check_chat_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match=f"/tokenizer_config.json: .*{words}"):
+        tokenizer.check_chat_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=f"/chat_template.jinja: .*{words}") as error:
+        tokenizer.check_chat_template(tmp_path)
+    assert str(error.value).isprintable()
 
 
 def test_variables_reach_the_template(tok):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -341,6 +343,19 @@ def test_a_hub_id_is_found_in_the_local_cache(saved, tmp_path, monkeypatch):
     assert equal_models(saved[0], glmx.load("zai-org/tiny"))
     with pytest.raises(CheckpointError, match="no such model in the local Hub cache.* hf download zai-org/other"):
         glmx.load("zai-org/other")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_permissions_are_those_of_any_new_file(saved, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        for name, limit in (("one", 10**9), ("shards", 50_000)):
+            checkpoint.save(saved[0], tmp_path / name, max_shard_bytes=limit)
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "one").iterdir(), *(tmp_path / "shards").iterdir()]
+    assert len([file for file in files if file.suffix == ".safetensors"]) > 2
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~mask}
 
 
 def test_saving_leaves_nothing_half_done(saved, tmp_path, monkeypatch):

@@ -39,6 +39,8 @@ def test_round_trip_latest_and_keep(tmp_path):
     assert saved.state["step"] == 3 and saved.state["tokens"] == 30
     assert torch.equal(saved.tensors["master.w"], torch.full((3,), 3.0))
     assert (saved.path / "config.json").read_text() == "{}"
+    modes = {path.stat().st_mode for path in saved.path.rglob("*") if path.is_file()}
+    assert len(modes) == 1, "another user, who may read the config, may read the tensors"
 
 
 def test_the_same_step_can_be_written_again(tmp_path):

@@ -71,11 +71,13 @@ def run(args: argparse.Namespace) -> int:
     from glmx.serve import server
 
     with server.listen(args.host, args.port) as listening:
+        from glmx.data.tokenizer import check_chat_template
         from glmx.models.checkpoint import resolve
 
         directory = resolve(args.model)
         if not (directory / "tokenizer.json").is_file():
             raise CheckpointError(f"no tokenizer.json in '{directory}': the server takes and gives text")
+        check_chat_template(directory)
         print(f"loading {directory}", flush=True)
         from glmx import runtime
         from glmx.serve.app import Api

@@ -111,6 +111,14 @@ def default_chat_template(model_type: str = "glm4_moe") -> str:
     return file.read_text(encoding="utf-8").rstrip("\n")
 
 
+def check_chat_template(path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError naming the file whose chat template jinja cannot read."""
+    base = Path(path)
+    template, file = _own_chat_template(base, _read_json(base / "tokenizer_config.json"))
+    if template is not None:
+        _compiled(template, str(file))
+
+
 class Tokenizer:
     """A byte-level tokenizer with its chat template. `vocab_size` counts all ids, added tokens included."""
 
@@ -160,9 +168,7 @@ class Tokenizer:
             raise CheckpointError(f"{base}: no tokenizer.json")
         hf = _read_tokenizer(file)
         config = _read_json(base / "tokenizer_config.json")
-        template = _chat_template(base / "tokenizer_config.json", config.get("chat_template"))
-        if (base / "chat_template.jinja").is_file():
-            template = _text(base / "chat_template.jinja")
+        template, _ = _own_chat_template(base, config)
         eos_token = config.get("eos_token", EOS)
         if isinstance(eos_token, dict):
             eos_token = eos_token.get("content")
@@ -323,26 +329,7 @@ class Tokenizer:
 
     @cached_property
     def _template(self) -> Any:
-        import jinja2
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:
-            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **kwargs)
-
-        # The settings transformers renders with: templates are written against them.
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols], autoescape=False
-        )
-        env.filters["tojson"] = tojson
-        env.globals["raise_exception"] = raise_exception
-        try:
-            return env.from_string(self.chat_template or "")
-        except jinja2.TemplateError as e:
-            raise CheckpointError(f"chat_template.jinja: {e}") from e
+        return _compiled(self.chat_template or "", "chat_template")
 
 
 class Detokenizer:
@@ -381,6 +368,39 @@ def _text(file: Path) -> str:
         return read_bytes(file, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as e:
         raise CheckpointError(f"{file}: not UTF-8: {e}") from None
+
+
+def _compiled(template: str, name: str) -> Any:
+    """The template in jinja's immutable sandbox. Raises CheckpointError, which begins with `name`."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **kwargs)
+
+    # The settings transformers renders with: templates are written against them.
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols], autoescape=False
+    )
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    try:
+        return env.from_string(template)
+    except jinja2.TemplateSyntaxError as e:
+        raise CheckpointError(f"{name}: line {e.lineno}: {e.message}") from e
+    except Exception as e:  # it becomes Python, which has limits of its own: of nesting, for one
+        raise CheckpointError(f"{name}: {shown(str(e))}") from e
+
+
+def _own_chat_template(base: Path, config: dict[str, Any]) -> tuple[str | None, Path]:
+    """The template that a checkpoint carries, and the file it is in."""
+    file, own = base / "tokenizer_config.json", base / "chat_template.jinja"
+    template = _chat_template(file, config.get("chat_template"))
+    return (_text(own), own) if own.is_file() else (template, file)
 
 
 def _chat_template(file: Path, template: Any) -> str | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from glmx.errors import CheckpointError, UnsupportedError, listed, shown
 from glmx.jsonfile import read_bytes
@@ -24,7 +23,7 @@ from glmx.models import fp8, layout
 from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
 from glmx.models.fill import fill
-from glmx.models.safetensors import INDEX, MAX_HEADER, READABLE, SINGLE, Files
+from glmx.models.safetensors import INDEX, MAX_HEADER, READABLE, SINGLE, Files, save_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",

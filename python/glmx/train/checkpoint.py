@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glmx.errors import CheckpointError, ConfigError
+from glmx.models.safetensors import save_file
 
 FORMAT = 2  # 2: the cursor knows the hash of the tokens
 TMP = ".tmp-"
