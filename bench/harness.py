@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "build" / "bench" / "results.jsonl"
+PEER_BYTES = 16 << 30  # a peer that needs more is not run
 REGRESSION = 0.85  # a row below this share of its last saved ratio is flagged
 
 
@@ -34,6 +35,9 @@ class Row:
     share: float
     ratio: dict[str, float]
     flagged: list[str] = dataclasses.field(default_factory=list)
+    unfit: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # peers that were not run: the bytes they would need
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -84,13 +88,15 @@ def save(rows: list[Row], path: pathlib.Path = RESULTS) -> None:
 
 def table(rows: list[Row]) -> str:
     """The rows as text, one line each, regressions below."""
-    peers = sorted({peer for row in rows for peer in row.ratio})
+    peers = sorted({peer for row in rows for peer in (*row.ratio, *row.unfit)})
     width = max(len(row.name) for row in rows)
     lines = [
         f"{'row':{width}} {'kernel':>7} {'thr':>3} {'ms':>9} {'rate':>14} {'share of ceiling':>22}  ratio to peers"
     ]
     for row in rows:
-        ratios = "  ".join(f"{peer} {row.ratio[peer]:.2f}x" for peer in peers if peer in row.ratio)
+        said = {peer: f"{peer} {ratio:.2f}x" for peer, ratio in row.ratio.items()}
+        said.update({peer: f"{peer} does not fit: {size} bytes" for peer, size in row.unfit.items()})
+        ratios = "  ".join(said[peer] for peer in peers if peer in said)
         share = f"{100 * row.share:.0f} % of {row.ceiling}"
         rate = f"{row.rate:.1f} {row.unit}"
         milliseconds = f"{1e3 * row.seconds:.3f}"

@@ -16,6 +16,7 @@
   void moe_combine_backward(const MoeCombineBackwardParams& p);    \
   void attention(const AttentionParams& p);                        \
   void attention_backward(const AttentionBackwardParams& p);       \
+  void indexer_topk(const IndexerTopkParams& p);                   \
   void sparse_mla(const SparseMlaParams& p);                       \
   void sparse_mla_backward(const SparseMlaBackwardParams& p);      \
   void rms_norm(const RmsNormParams& p);                           \

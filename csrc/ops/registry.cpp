@@ -20,6 +20,7 @@ const std::vector<OpInfo>& op_table() {
       head_gemm_info(),
       moe_combine_info(),
       attention_info(),
+      indexer_topk_info(),
       sparse_mla_info(),
       rms_norm_info(),
       add_rms_norm_info(),

@@ -10,6 +10,7 @@ OpInfo grouped_gemm_fp32_info();
 OpInfo head_gemm_info();
 OpInfo moe_combine_info();
 OpInfo attention_info();
+OpInfo indexer_topk_info();
 OpInfo sparse_mla_info();
 OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();

@@ -22,6 +22,7 @@ EXPECTED = {
     "head_gemm": VECTOR,
     "moe_combine": VECTOR,
     "attention": VECTOR,
+    "indexer_topk": VECTOR,
     "sparse_mla": VECTOR,
     "rms_norm": VECTOR,
     "add_rms_norm": VECTOR,

@@ -39,6 +39,7 @@ STEMS = {
     "lm_head_logprob": ("lm_head_logprob",),
     "sum_squares": ("sum_squares",),
     "attention": ("attention",),
+    "indexer_topk": ("indexer_topk",),
     "sparse_mla": ("sparse_mla",),
 }
 
@@ -974,6 +975,83 @@ def sparse_mla_cases() -> Iterator[Case]:
                 },
                 ("q", "kv"),
             )
+
+
+def indexer_operands(
+    q_lens: list[int],
+    seq_lens: list[int],
+    Hi: int,
+    Di: int,
+    top_k: int,
+    dtype: torch.dtype,
+    *,
+    kind: Callable[..., torch.Tensor] = values,
+) -> dict[str, Any]:
+    """Contiguous keys; head weights of both signs."""
+    return {
+        "q": kind(sum(q_lens), Hi, Di, seed=Di, dtype=dtype),
+        "weights": values(sum(q_lens), Hi, seed=Di + 1),
+        "k": kind(sum(seq_lens), Di, seed=Di + 2, dtype=dtype),
+        "cu_seqlens_q": offsets_of(q_lens),
+        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
+        "top_k": top_k,
+        "cu_seqlens_k": offsets_of(seq_lens),
+    }
+
+
+def few_values(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> torch.Tensor:
+    """-1, 0 and 1: most scores are ties."""
+    return ids(*shape, low=-1, high=2, seed=seed).to(dtype)
+
+
+def indexer_topk_cases() -> Iterator[Case]:
+    shapes = [  # query lengths, key lengths, Hi, Di, top_k
+        ([1], [1], 1, 1, 1),
+        ([5, 0, 3], [5, 2, 90], 4, 16, 20),
+        ([1, 1], [300, 130], 9, 40, 100),
+        ([70], [140], 3, 33, 64),
+        ([70], [70], 2, 24, 1),
+        ([3, 1], [3, 9], 5, 8, 50),
+        ([0, 0], [0, 3], 2, 8, 2),
+        ([2], [900], 2, 7, 30),  # more candidates than a buffer holds
+    ]
+    for dtype in DTYPES:
+        for shape in shapes:
+            lens = "of".join("+".join(map(str, n)) for n in shape[:2])
+            name = f"{tag(dtype)}-{lens}-{'x'.join(map(str, shape[2:4]))}-k{shape[4]}"
+            yield Case("indexer_topk", name, lambda shape=shape, dtype=dtype: indexer_operands(*shape, dtype))
+            yield Case(
+                "indexer_topk",
+                f"{name}-paged",
+                lambda shape=shape, dtype=dtype: paged(indexer_operands(*shape, dtype), 1),
+            )
+        yield Case(
+            "indexer_topk",
+            f"{tag(dtype)}-ties",
+            lambda dtype=dtype: {
+                **indexer_operands([20], [700], 3, 5, 40, dtype, kind=few_values),
+                "weights": few_values(20, 3, seed=1),
+            },
+        )
+        for name in ("q", "weights", "k"):
+            yield Case(
+                "indexer_topk",
+                f"{tag(dtype)}-wild-{name}",
+                lambda dtype=dtype, name=name: {
+                    **(kwargs := indexer_operands([9], [90], 5, 40, 30, dtype)),
+                    name: wild(*kwargs[name].shape, dtype=kwargs[name].dtype),
+                },
+            )
+        yield Case(
+            "indexer_topk",
+            f"{tag(dtype)}-wild-tiny",  # products and sums around the smallest normal number
+            lambda dtype=dtype: {
+                **(kwargs := indexer_operands([9], [90], 5, 40, 30, dtype)),
+                "q": spread(*kwargs["q"].shape, dtype=dtype, low=-70, high=-58),
+                "k": spread(*kwargs["k"].shape, seed=1, dtype=dtype, low=-70, high=-58),
+                "weights": spread(*kwargs["weights"].shape, seed=2, low=-8, high=8),
+            },
+        )
 
 
 CASES: dict[str, list[Case]] = {

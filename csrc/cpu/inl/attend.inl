@@ -3,6 +3,7 @@
 #pragma once
 #include "cpu/inl/gemm_tile.inl"
 #include "cpu/inl/math64.inl"
+#include "cpu/inl/pieces.inl"
 #include "cpu/inl/rows.inl"
 #include "cpu/inl/vec_math.inl"
 
@@ -38,26 +39,6 @@ struct AttendShape {
   int64_t Dk, Dv;
   float scale;
 };
-
-// Hands out a thread's scratch; with no base it only counts.
-struct Pieces {
-  float* base;
-  int64_t used = 0;
-  float* take(int64_t floats) {
-    const int64_t at = used;
-    used += round_up(floats, 16);
-    return base == nullptr ? nullptr : base + at;
-  }
-};
-
-// A Plan is built twice: to count its floats, then over a buffer of that size.
-template <class Plan, class... Args>
-inline Plan plan_in_scratch(const Args&... args) {
-  Pieces count{nullptr};
-  [[maybe_unused]] const Plan counted(count, args...);
-  Pieces pieces{static_cast<float*>(thread_scratch(Scratch::item, count.used * 4))};
-  return Plan(pieces, args...);
-}
 
 template <class T>
 inline void pack_query_tiles(const QueryRows& rows, const T* matrix, int64_t D, float* tiles) {

@@ -236,6 +236,23 @@ struct AttentionBackwardParams {
 };
 void attention_backward(const AttentionBackwardParams& p);
 
+// indexer_topk: the keys that DSA's lightning indexer picks for each query row: of the n keys that it sees the min(top_k, n) best, as
+//   positions in its sequence, ascending; then -1. n <= top_k: every key, and no score is computed. Else by the scores
+//     I_s = sum over the heads h, in order, by fp32 fma from +0, of weights[h] * relu(GEMM tree over Di of q[h] . k[s])    relu(NaN) = NaN
+//   in one total order: score (-0 as +0, NaN as -inf) descending, then position ascending. A row scores no key that it does not see.
+inline constexpr int kIndexerTopkRevision = 1;
+struct IndexerTopkParams {
+  const void* q;          // [T, Hi, Di] dtype
+  const float* weights;   // [T, Hi], any sign; Hi^-0.5 * Di^-0.5 is in them
+  const void* k;          // [key_rows, Di] dtype
+  int32_t* topk_indices;  // [T, top_k]
+  Sequences sequences;
+  int64_t Hi, Di, top_k;
+  int64_t range_keys;  // keys of a work item: a multiple of kPageRows, or 0: what suits the sizes and threads. Changes no bits
+  DType dtype;
+};
+void indexer_topk(const IndexerTopkParams& p);
+
 // sparse_mla: absorbed MLA over listed keys: all heads of query token t attend to the keys topk_indices[t] of its sequence, in that order;
 //   the values are the first Dv of a key's Dk values. A list of all keys that a row sees gives the bits of attention.
 inline constexpr int kSparseMlaRevision = 1;

@@ -36,6 +36,7 @@ __all__ = [
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
     "head_gemm",
+    "indexer_topk",
     "layer_norm",
     "linear",
     "lm_head_logprob",

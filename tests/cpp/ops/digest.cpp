@@ -405,6 +405,17 @@ void sparse_mla_case(DType dtype, int64_t A, int64_t Dk, int64_t Dv, int64_t top
   record("sparse_mla", name + "_d_kv", d_kv);
 }
 
+// One sequence of 20 query tokens and 150 keys. range_keys: whether a block's keys are one item or several.
+void indexer_topk_case(DType dtype, int64_t Hi, int64_t Di, int64_t top_k, bool paged, int64_t range_keys) {
+  const int32_t cu_q[] = {0, 20}, cu_k[] = {0, 150}, lens[] = {150}, table[] = {2, 0, 1};
+  const int64_t T = 20, rows = paged ? 3 * glmx::kPageRows : 150;
+  const Bytes q = values(dtype, T * Hi * Di), weights = values(DType::f32, T * Hi), k = values(dtype, rows * Di);
+  const Bytes lists = room(DType::i32, T * top_k);
+  const glmx::Sequences s{cu_q, lens, paged ? nullptr : cu_k, paged ? table : nullptr, 1, T, 3, rows};
+  glmx::indexer_topk({q.get(), weights.as<float>(), k.get(), lists.as<int32_t>(), s, Hi, Di, top_k, range_keys, dtype});
+  record("indexer_topk", label(paged ? "paged" : "rows", dtype, top_k) + "_" + std::to_string(range_keys), lists);
+}
+
 void run_all() {
   for (DType dtype : {DType::f32, DType::bf16}) {
     for (int64_t H : {1, 15, 16, 33, 130}) rms_norm_case(dtype, 67, H);
@@ -429,6 +440,11 @@ void run_all() {
     for (bool paged : {false, true}) {
       attention_case(dtype, 6, 2, 33, 20, true, paged);
       attention_case(dtype, 5, 1, 40, 24, false, paged);
+      for (int64_t range_keys : {0, 64}) {
+        indexer_topk_case(dtype, 9, 40, 50, paged, range_keys);
+        indexer_topk_case(dtype, 3, 130, 1, paged, range_keys);
+        indexer_topk_case(dtype, 2, 7, 137, paged, range_keys);
+      }
       sparse_mla_case(dtype, 9, 40, 24, 100, paged);
       sparse_mla_case(dtype, 70, 16, 16, 33, paged);
     }

@@ -1,0 +1,103 @@
+"""indexer_topk against torch: prefill and decode at GLM-5's indexer, 32 heads of 128, the best 2048 keys.
+
+    pytest bench/ops/bench_indexer_topk.py            (OMP_NUM_THREADS sets the threads)
+
+The peer is what torch offers: one product of all heads with all keys in the same dtype, relu, the weighted sum over
+the heads, a causal mask, topk. It holds [T, Hi, S] products and [T, S] scores; where these exceed harness.PEER_BYTES,
+the row says so. The flop counted are those of rows that see more than 2048 keys: the others need no scores. The
+ceilings are measured in the same test (bench/roofline.py).
+"""
+
+from __future__ import annotations
+
+import harness
+import pytest
+import roofline
+import torch
+
+import glmx.ops
+from glmx import _native
+from glmx.reference.indexer_topk import index_scores
+
+HEADS, WIDTH, TOP_K = 32, 128, 2048
+SMALL = (4, 24, 64)  # heads, width and top_k where nothing is timed
+DTYPE = torch.bfloat16
+
+
+def values(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+def measure(benchmark, record_row, name: str, T: int, keys: int, rounds: int) -> None:
+    """The last T of `keys` tokens, contiguous keys."""
+    Hi, Di, top_k = HEADS, WIDTH, TOP_K
+    if benchmark.disabled:
+        T, keys, (Hi, Di, top_k) = min(T, 16), keys // 32, SMALL
+    q, k = values(T, Hi, Di), values(keys, Di)
+    weights = values(T, Hi, dtype=torch.float32) * (Hi * Di) ** -0.5
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor([0, n], dtype=torch.int32) for n in (T, keys))
+    unseen = torch.arange(keys) >= torch.arange(keys - T + 1, keys + 1)[:, None] if T > 1 else None
+
+    def ours() -> torch.Tensor:
+        return glmx.ops.indexer_topk(q, weights, k, cu_seqlens_q, cu_seqlens_k[1:], top_k, cu_seqlens_k=cu_seqlens_k)
+
+    def peer() -> torch.Tensor:
+        products = (q.view(T * Hi, Di) @ k.T).relu_().view(T, Hi, keys)
+        scores = (weights.to(DTYPE)[:, None] @ products)[:, 0]
+        if unseen is not None:
+            scores.masked_fill_(unseen, float("-inf"))
+        return scores.topk(min(top_k, keys), sorted=False).indices
+
+    exact = index_scores(q[-1:], weights[-1:], k, exact=True)[0]
+    listed = ours()[-1].long()
+    assert len(listed.unique()) == top_k
+    assert exact.topk(top_k).values[-1] - exact[listed].min() <= 2**-16 * exact.abs().max()
+    peer_bytes = T * Hi * keys * q.element_size() + T * keys * q.element_size()
+    if benchmark.disabled:
+        peer()
+        return
+
+    fits, times = peer_bytes <= harness.PEER_BYTES, []
+    benchmark.pedantic(ours, setup=lambda: times.append(harness.timed(peer)) if fits else None, rounds=rounds)
+    mine = benchmark.stats.stats.data
+    seconds, threads = sorted(mine)[len(mine) // 2], torch.get_num_threads()
+    measured = roofline.ceilings(threads)
+    isa = next(row["kernel"] for row in _native.kernel_table() if row["op"] == "indexer_topk")
+    if isa == "base":
+        pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
+    scored = sum(n for n in range(keys - T + 1, keys + 1) if n > top_k)
+    flop, touched = 2 * scored * Hi * Di, keys * Di * k.element_size()
+    ceiling, bound = roofline.gemm_ceiling(measured, isa)
+    unit, work = "GFLOP/s", flop
+    if touched / measured["read"] > flop / bound:
+        unit, ceiling, bound, work = "GB/s", "read", measured["read"], touched
+    rate = work / seconds / 1e9
+    row = harness.Row(
+        name=f"indexer_topk {name}, {Hi} x {Di}, top-{top_k}, bf16",
+        machine=_native.cpu_model(),
+        kernel=isa,
+        threads=threads,
+        rounds=len(mine),
+        seconds=seconds,
+        rate=rate,
+        unit=unit,
+        ceiling=ceiling,
+        share=rate / bound,
+        ratio=harness.median_ratios(mine, {"torch": times[-len(mine) :]} if fits else {}),
+        unfit={} if fits else {"torch": peer_bytes},
+    )
+    benchmark.extra_info.update(rate=rate, unit=unit, share=row.share, ceiling=ceiling, **row.ratio)
+    record_row(row)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "rounds"), [(512, 4096, 5), (4096, 4096, 3), (512, 32768, 3), (2048, 131072, 1)]
+)
+def test_prefill(benchmark, record_row, tokens: int, keys: int, rounds: int) -> None:
+    which = "all" if tokens == keys else f"the last {tokens}"
+    measure(benchmark, record_row, f"prefill, {which} of {keys}", tokens, keys, rounds)
+
+
+@pytest.mark.parametrize("keys", [4096, 32768, 131072])
+def test_decode(benchmark, record_row, keys: int) -> None:
+    measure(benchmark, record_row, f"decode, {keys} keys", 1, keys, 9)
