@@ -21,6 +21,7 @@ const std::vector<OpInfo>& op_table() {
       moe_combine_info(),
       attention_info(),
       sparse_mla_info(),
+      indexer_kl_info(),
       rms_norm_info(),
       add_rms_norm_info(),
       layer_norm_info(),

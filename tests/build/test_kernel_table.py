@@ -23,6 +23,7 @@ EXPECTED = {
     "moe_combine": VECTOR,
     "attention": VECTOR,
     "sparse_mla": VECTOR,
+    "indexer_kl": VECTOR,
     "rms_norm": VECTOR,
     "add_rms_norm": VECTOR,
     "layer_norm": VECTOR,
