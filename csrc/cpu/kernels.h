@@ -19,6 +19,8 @@
   void indexer_topk(const IndexerTopkParams& p);                   \
   void sparse_mla(const SparseMlaParams& p);                       \
   void sparse_mla_backward(const SparseMlaBackwardParams& p);      \
+  void indexer_kl(const IndexerKlParams& p);                       \
+  void indexer_kl_backward(const IndexerKlBackwardParams& p);      \
   void rms_norm(const RmsNormParams& p);                           \
   void rms_norm_backward(const RmsNormBackwardParams& p);          \
   void add_rms_norm(const AddRmsNormParams& p);                    \

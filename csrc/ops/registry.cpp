@@ -22,6 +22,7 @@ const std::vector<OpInfo>& op_table() {
       attention_info(),
       indexer_topk_info(),
       sparse_mla_info(),
+      indexer_kl_info(),
       rms_norm_info(),
       add_rms_norm_info(),
       layer_norm_info(),

@@ -12,6 +12,7 @@ OpInfo moe_combine_info();
 OpInfo attention_info();
 OpInfo indexer_topk_info();
 OpInfo sparse_mla_info();
+OpInfo indexer_kl_info();
 OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();
 OpInfo layer_norm_info();

@@ -34,4 +34,28 @@ inline void check_sequences(const char* op, const Sequences& s) {
   GLMX_CHECK(s.cu_seqlens_q[s.B] == s.T, op, ": expected cu_seqlens_q[-1] == ", s.T, ", the query rows: got ", s.cu_seqlens_q[s.B]);
 }
 
+// Ascending positions that the row sees, then -1.
+inline void check_list(const char* op, const int32_t* list, int64_t top_k, int64_t token, int64_t visible) {
+  int64_t before = -1;
+  int64_t n = 0;
+  for (; n < top_k && list[n] != -1; ++n) {
+    GLMX_CHECK(list[n] > before, op, ": expected ascending topk_indices, or -1: got ", list[n], " after ", before, " at [", token, ", ", n,
+               "]");
+    GLMX_CHECK(list[n] < visible, op, ": expected topk_indices below ", visible, ", the keys that row ", token, " sees: got ", list[n]);
+    before = list[n];
+  }
+  for (; n < top_k; ++n) {
+    GLMX_CHECK(list[n] == -1, op, ": expected -1 behind the first -1 of topk_indices: got ", list[n], " at [", token, ", ", n, "]");
+  }
+}
+
+// Every query row's list; the sequences have been checked.
+inline void check_lists(const char* op, const Sequences& s, const int32_t* topk_indices, int64_t top_k) {
+  for (int64_t i = 0; i < s.B; ++i) {
+    for (int64_t t = s.cu_seqlens_q[i]; t < s.cu_seqlens_q[i + 1]; ++t) {
+      check_list(op, topk_indices + t * top_k, top_k, t, s.seq_lens[i] - (s.cu_seqlens_q[i + 1] - 1 - t));
+    }
+  }
+}
+
 }  // namespace glmx

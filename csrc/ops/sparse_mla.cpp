@@ -17,33 +17,13 @@ constexpr Kernel<Backward> kBackward[] = {{Isa::avx512, cpu::avx512::sparse_mla_
                                           {Isa::avx2, cpu::avx2::sparse_mla_backward},
                                           {Isa::base, cpu::base::sparse_mla_backward}};
 
-// Ascending positions that the row sees, then -1.
-void check_list(const char* op, const int32_t* list, int64_t top_k, int64_t token, int64_t visible) {
-  int64_t before = -1;
-  int64_t n = 0;
-  for (; n < top_k && list[n] != -1; ++n) {
-    GLMX_CHECK(list[n] > before, op, ": expected ascending topk_indices, or -1: got ", list[n], " after ", before, " at [", token, ", ", n,
-               "]");
-    GLMX_CHECK(list[n] < visible, op, ": expected topk_indices below ", visible, ", the keys that row ", token, " sees: got ", list[n]);
-    before = list[n];
-  }
-  for (; n < top_k; ++n) {
-    GLMX_CHECK(list[n] == -1, op, ": expected -1 behind the first -1 of topk_indices: got ", list[n], " at [", token, ", ", n, "]");
-  }
-}
-
 template <class Params>
 void check(const char* op, const Params& p) {
   GLMX_CHECK(p.A >= 1, op, ": expected q.shape[1] >= 1: got ", p.A);
   GLMX_CHECK(p.Dv >= 1 && p.Dv <= p.Dk, op, ": expected 1 <= v_dim <= kv.shape[1] == ", p.Dk, ": got ", p.Dv);
   GLMX_CHECK(p.scale - p.scale == 0.0f, op, ": expected a finite scale: got ", p.scale);
-  const Sequences& s = p.sequences;
-  check_sequences(op, s);
-  for (int64_t i = 0; i < s.B; ++i) {
-    for (int64_t t = s.cu_seqlens_q[i]; t < s.cu_seqlens_q[i + 1]; ++t) {
-      check_list(op, p.topk_indices + t * p.top_k, p.top_k, t, s.seq_lens[i] - (s.cu_seqlens_q[i + 1] - 1 - t));
-    }
-  }
+  check_sequences(op, p.sequences);
+  check_lists(op, p.sequences, p.topk_indices, p.top_k);
 }
 }  // namespace
 

@@ -24,6 +24,7 @@ EXPECTED = {
     "attention": VECTOR,
     "indexer_topk": VECTOR,
     "sparse_mla": VECTOR,
+    "indexer_kl": VECTOR,
     "rms_norm": VECTOR,
     "add_rms_norm": VECTOR,
     "layer_norm": VECTOR,

@@ -41,6 +41,7 @@ STEMS = {
     "attention": ("attention",),
     "indexer_topk": ("indexer_topk",),
     "sparse_mla": ("sparse_mla",),
+    "indexer_kl": ("indexer_kl",),
 }
 
 
@@ -1052,6 +1053,89 @@ def indexer_topk_cases() -> Iterator[Case]:
                 "weights": spread(*kwargs["weights"].shape, seed=2, low=-8, high=8),
             },
         )
+
+
+def indexer_kl_operands(
+    q_lens: list[int],
+    seq_lens: list[int],
+    A: int,
+    Dk: int,
+    Hi: int,
+    Di: int,
+    top_k: int | None,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    scale: float = 0.2,
+) -> dict[str, Any]:
+    """Contiguous keys; lists of top_k keys at random, or none. lse is that of the main attention over the same keys,
+    in steps of 2^-12, so that libm's last bit on some machine cannot reach the golden bits.
+    """
+    main = mla_operands(q_lens, seq_lens, A, Dk, Dk, 10**6 if top_k is None else top_k, dtype, seed=seed)
+    main["scale"] = scale
+    lse = reference.sparse_mla(**main, return_lse=True, exact=True).lse
+    T, rows, lists = sum(q_lens), sum(seq_lens), main.pop("topk_indices")
+    del main["v_dim"]
+    return {
+        "index_q": values(T, Hi, Di, seed=Di, dtype=dtype),
+        "index_weights": values(T, Hi, seed=Di + 1, scale=2 * (Hi * Di) ** -0.5),
+        "index_k": values(rows, Di, seed=Di + 2, dtype=dtype),
+        **main,
+        "lse": ((lse * 4096).round() / 4096).float(),
+        "topk_indices": None if top_k is None else lists,
+    }
+
+
+def indexer_kl_cases() -> Iterator[Case]:
+    shapes = [  # query lengths, key lengths, A, Dk, Hi, Di, top_k
+        ([1], [1], 1, 1, 1, 1, 1),
+        ([5, 0, 3], [5, 2, 90], 4, 16, 3, 16, 20),
+        ([1, 1], [300, 130], 9, 40, 8, 24, 100),
+        ([70], [140], 3, 33, 5, 20, 64),
+        ([2], [80], 70, 24, 66, 40, 70),
+        ([0], [3], 2, 8, 2, 8, 2),
+    ]
+    leaves = ("index_q", "index_weights", "index_k")
+    for dtype in DTYPES:
+        for shape, dense in itertools.product(shapes, (True, False)):
+            lens = "of".join("+".join(map(str, n)) for n in shape[:2])
+            name = f"{tag(dtype)}-{lens}-{'x'.join(map(str, shape[2:6]))}-{'all' if dense else f'k{shape[6]}'}"
+            top_k = None if dense else shape[6]
+            yield Case(
+                "indexer_kl",
+                name,
+                lambda shape=shape, top_k=top_k, dtype=dtype: indexer_kl_operands(*shape[:6], top_k, dtype),
+                leaves,
+            )
+        yield Case(
+            "indexer_kl",
+            f"{tag(dtype)}-empty-lists",
+            lambda dtype=dtype: {
+                **(kwargs := indexer_kl_operands([6], [50], 3, 16, 4, 8, 10, dtype)),
+                "topk_indices": kwargs["topk_indices"].index_fill(0, torch.tensor([0, 4]), -1),
+            },
+            leaves,
+        )
+        yield Case(
+            "indexer_kl",
+            f"{tag(dtype)}-peaked",  # both distributions have places far below e^-87 of their largest
+            lambda dtype=dtype: {
+                **(kwargs := indexer_kl_operands([5], [140], 3, 16, 4, 16, None, dtype, scale=8.0)),
+                "index_weights": kwargs["index_weights"] * 64,
+            },
+            leaves,
+        )
+        for name in (*leaves, "q", "kv", "lse"):
+            for top_k in (None, 40):
+                yield Case(
+                    "indexer_kl",
+                    f"{tag(dtype)}-wild-{name}-{top_k or 'all'}",
+                    lambda dtype=dtype, name=name, top_k=top_k: {
+                        **(kwargs := indexer_kl_operands([9], [90], 5, 24, 4, 16, top_k, dtype)),
+                        name: wild(*kwargs[name].shape, dtype=kwargs[name].dtype),
+                    },
+                    leaves,
+                )
 
 
 CASES: dict[str, list[Case]] = {

@@ -200,3 +200,26 @@ def test_attention_and_sparse_mla() -> None:
     for t, keys in ((0, kv[:5:2]), (4, kv[::2])):
         want = F.scaled_dot_product_attention(q[t], keys, keys[:, :5], scale=0.3)
         torch.testing.assert_close(got[t], want)
+
+
+def test_indexer_kl() -> None:
+    """Against torch's kl_div of the averaged attention, all keys and listed ones; gradients by finite differences."""
+    index_q, weights, index_k = randn(5, 3, 6), randn(5, 3, seed=1), randn(9, 6, seed=2)
+    q, kv = randn(5, 4, 8, seed=3), randn(9, 8, seed=4)
+    cu, lens, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5], [9], [0, 9]))
+    lists = torch.tensor([[0, 2, 4, -1, -1]] * 4 + [[0, 2, 4, 6, 8]], dtype=torch.int32)
+    for listed in (None, lists):
+        wanted, lses = [], []
+        for t in range(5):
+            keys = torch.arange(5 + t) if listed is None else listed[t][listed[t] >= 0].long()
+            s = q[t] @ kv[keys].T * 0.3
+            scores = sum(weights[t, h] * (index_k[keys] @ index_q[t, h]).clamp(min=0) for h in range(3))
+            wanted.append(F.kl_div(torch.log_softmax(scores, 0), torch.softmax(s, 1).mean(0), reduction="sum"))
+            lses.append(torch.logsumexp(s, 1))
+        rows = {"cu_seqlens_q": cu, "seq_lens": lens, "cu_seqlens_k": cu_k, "scale": 0.3, "topk_indices": listed}
+
+        def kl(index_q, weights, index_k, rows=rows, lse=torch.stack(lses)):
+            return reference.indexer_kl(index_q, weights, index_k, q, kv, lse, **rows, exact=True)
+
+        torch.testing.assert_close(kl(index_q, weights, index_k), torch.stack(wanted))
+        assert torch.autograd.gradcheck(kl, [x.clone().requires_grad_() for x in (index_q, weights, index_k)])

@@ -97,6 +97,21 @@ inline __m256 pow2_half(__m256 a) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(a), _mm256_set1_epi32(127)), 23));
 }
 inline V16 pow2(V16 a) { return {pow2_half(a.lo), pow2_half(a.hi)}; }
+// x = m * 2^n with m in [sqrt(1/2), sqrt(2)), for normal x > 0; any bits for other x.
+struct Binary {
+  V16 m, n;
+};
+inline void split_binary_half(__m256 x, __m256* m, __m256* n) {
+  const __m256i bits = _mm256_castps_si256(x), exponent = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  *m = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(exponent, 23)));
+  *n = _mm256_cvtepi32_ps(exponent);
+}
+inline Binary split_binary(V16 x) {
+  Binary r;
+  split_binary_half(x.lo, &r.m.lo, &r.n.lo);
+  split_binary_half(x.hi, &r.m.hi, &r.n.hi);
+  return r;
+}
 // Lanes 2j and 2j + 1 exchanged.
 inline V16 swap_neighbours(V16 a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
 

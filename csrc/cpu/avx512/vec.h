@@ -57,6 +57,14 @@ inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(b.v, a.v)}; }
 inline V16 pow2(V16 a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvttps_epi32(a.v), _mm512_set1_epi32(127)), 23))};
 }
+// x = m * 2^n with m in [sqrt(1/2), sqrt(2)), for normal x > 0; any bits for other x.
+struct Binary {
+  V16 m, n;
+};
+inline Binary split_binary(V16 x) {
+  const __m512i bits = _mm512_castps_si512(x.v), exponent = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  return {{_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(exponent, 23)))}, {_mm512_cvtepi32_ps(exponent)}};
+}
 // Lanes 2j and 2j + 1 exchanged.
 inline V16 swap_neighbours(V16 a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 

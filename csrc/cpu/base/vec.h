@@ -117,6 +117,22 @@ inline V16 pow2(V16 a) {
   }
   return a;
 }
+// x = m * 2^n with m in [sqrt(1/2), sqrt(2)), for normal x > 0; any bits for other x.
+struct Binary {
+  V16 m, n;
+};
+inline Binary split_binary(V16 x) {
+  Binary r;
+  GLMX_LANES {
+    uint32_t bits;
+    std::memcpy(&bits, &x.lane[i], 4);
+    const int32_t n = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
+    bits -= static_cast<uint32_t>(n) << 23;
+    std::memcpy(&r.m.lane[i], &bits, 4);
+    r.n.lane[i] = static_cast<float>(n);
+  }
+  return r;
+}
 // Lanes 2j and 2j + 1 exchanged.
 inline V16 swap_neighbours(V16 a) {
   V16 r;

@@ -15,6 +15,7 @@
 // Measured   see docs/ops/indexer_topk.md
 // Limits     checked in ops/indexer_topk.cpp
 #include "cpu/inl/gemm_tile.inl"
+#include "cpu/inl/index_score.inl"
 #include "cpu/inl/key_rows.inl"
 #include "cpu/inl/largest.inl"
 #include "cpu/inl/pieces.inl"
@@ -57,15 +58,10 @@ struct FmaProducts {
   }
 };
 
-// Scores of sixteen keys from their products with each head; -0 becomes +0, NaN -inf.
-inline V16 index_score(const float* products, int64_t stride, const float* weights, int64_t heads) {
-  V16 sum = zero();
-  for (int64_t h = 0; h < heads; ++h) {
-    const V16 x = load(products + h * stride);
-    sum = fma(set1(weights[h]), select_lt(x, zero(), zero(), x), sum);
-  }
-  const V16 minus_inf = set1(-__builtin_inff());
-  return select_lt(minus_inf, sum, add(sum, zero()), minus_inf);
+// Scores of sixteen keys from their products with each head, in the order of a selection: -0 becomes +0, NaN -inf.
+inline V16 ordered_score(const float* products, int64_t stride, const float* weights, int64_t heads) {
+  const V16 score = index_score16(products, stride, weights, heads), minus_inf = set1(-__builtin_inff());
+  return select_lt(minus_inf, score, add(score, zero()), minus_inf);
 }
 
 // The best keys of one token so far, in order of position: fewer than the buffer holds until it is first full, then those above `floor`.
@@ -167,7 +163,7 @@ void index_scored_item(const IndexCall& call, const TokenBlock& block, int64_t r
       plan.products.multiply(i, plan.product);
       const int64_t seen = least(first_seen + i, end) - at;
       for (int64_t j = 0; j < least(Products::kKeys, seen); j += 16) {
-        const V16 scores = index_score(plan.product + j, Products::kKeys, p.weights + (block.token + i) * p.Hi, p.Hi);
+        const V16 scores = ordered_score(plan.product + j, Products::kKeys, p.weights + (block.token + i) * p.Hi, p.Hi);
         plan.candidates[i].offer(scores, at + j, seen - j, p.top_k);
       }
     }

@@ -10,58 +10,9 @@
 // Work/bytes forward 2*A*(Dk + Dv) flop per listed key and token, Dk elements: bound by arithmetic from about 8 heads
 // Measured   see docs/ops/sparse_mla.md
 // Limits     checked in ops/sparse_mla.cpp
-#include "cpu/inl/attend.inl"
-#include "cpu/inl/key_rows.inl"
+#include "cpu/inl/key_lists.inl"
 
 constexpr int64_t kMlaItemFloats = 80 * 1024;  // as in attention: 75 heads of 576 + 512 values
-constexpr int64_t kCacheRange = 256;           // cache rows of an item of d_kv: their sums (576 KB in fp32) are spread over all tokens
-
-// The sequence of a query row: the last one that begins at or before it.
-inline int64_t sequence_of(const Sequences& s, int64_t token) {
-  int64_t low = 0, high = s.B - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (s.cu_seqlens_q[middle] <= token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
-// First position of an ascending list of n at which the key is `key` or more.
-inline int64_t list_position(const int32_t* list, int64_t n, int64_t key) {
-  int64_t low = 0, high = n;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (list[middle] < key) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-template <class T>
-struct ListedKeys {
-  static constexpr int64_t kGathered = kBlockKeys;
-  const Sequences& s;
-  int64_t sequence;
-  const int32_t* list;
-  const T* kv;
-  int64_t Dk;
-  KeyBlock<T> block(int64_t first, int64_t n, T* gathered) const {
-    const int64_t row = key_row(s, sequence, list[first]), last = list[first + n - 1];
-    const bool one_page = s.block_table == nullptr || list[first] / kPageRows == last / kPageRows;
-    if (one_page && last - list[first] == n - 1) return {kv + row * Dk, kv + row * Dk, Dk, Dk};
-    for (int64_t j = 0; j < n; ++j) {
-      std::memcpy(gathered + j * Dk, kv + key_row(s, sequence, list[first + j]) * Dk, static_cast<size_t>(Dk) * sizeof(T));
-    }
-    return {gathered, gathered, Dk, Dk};
-  }
-};
 
 // A call's tokens [token0, token0 + tokens), and how their heads are cut into items. Which heads share an item changes no bits.
 template <class Params>
@@ -86,19 +37,6 @@ struct MlaCall {
     const int32_t* list = p.topk_indices + token * p.top_k;
     const QueryRows rows{token, 0, p.A, p.A, first, least(heads, p.A - first), list_length(list, p.top_k)};
     body(rows, ListedKeys<T>{p.sequences, sequence_of(p.sequences, token), list, static_cast<const T*>(p.kv), p.Dk}, token);
-  }
-  // Lists end where the first -1 stands.
-  static int64_t list_length(const int32_t* list, int64_t top_k) {
-    int64_t low = 0, high = top_k;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (list[middle] >= 0) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
   }
 };
 
@@ -159,30 +97,6 @@ void mla_query_gradient_item(void* context, int64_t item) {
   });
 }
 
-// row(position)[0, D) += the sum over the heads of a token of weights[head][position] * matrix[head], for positions [begin, end) of its
-// list; the weights of each block of the list are [A][kBlockKeys].
-template <class T, class Row>
-inline void add_token(const SparseMlaBackwardParams& p, const float* weights, int64_t begin, int64_t end, const T* matrix, int64_t D,
-                      Row row, float* panel, float* products) {
-  const int64_t ld = round_up(D, kCols);
-  for (int64_t from = begin; from < end;) {
-    const int64_t block = from / kBlockKeys, to = least(end, (block + 1) * kBlockKeys), n = to - from;
-    const float* w = weights + block * p.A * kBlockKeys + from % kBlockKeys;
-    for (int64_t i = 0; i < n; ++i) std::memcpy(products + i * ld, row(from + i), static_cast<size_t>(D) * 4);
-    for (int64_t j = 0; j < D; j += kCols) {
-      for (int64_t head = 0; head < p.A; head += kBlockKeys) {
-        const int64_t heads = least(kBlockKeys, p.A - head);
-        pack_panel_columns<T>([&](int64_t h) { return matrix + (head + h) * D + j; }, least(kCols, D - j), heads, panel);
-        for (int64_t i = 0; i < n; i += kRows) {
-          tile_times_panel_n<KeyTile>(n - i, w + head * kBlockKeys + i, panel, products + i * ld + j, ld, heads);
-        }
-      }
-    }
-    for (int64_t i = 0; i < n; ++i) std::memcpy(row(from + i), products + i * ld, static_cast<size_t>(D) * 4);
-    from = to;
-  }
-}
-
 template <class T>
 void mla_key_gradient_item(void* context, int64_t item) {
   const MlaBlock& block = *static_cast<const MlaBlock*>(context);
@@ -194,13 +108,13 @@ void mla_key_gradient_item(void* context, int64_t item) {
     const int64_t token = block.call.token0 + t;
     const int64_t first_row = p.sequences.cu_seqlens_k[sequence_of(p.sequences, token)];
     const int32_t* list = p.topk_indices + token * p.top_k;
-    const int64_t n = MlaCall<SparseMlaBackwardParams>::list_length(list, p.top_k);
+    const int64_t n = list_length(list, p.top_k);
     const int64_t begin = list_position(list, n, range - first_row), end = list_position(list, n, range + kCacheRange - first_row);
     if (begin == end) continue;
     const auto row = [&](int64_t position) { return p.sums + (first_row + list[position]) * p.Dk; };
     const int64_t at = block.scores.at(t, 0, 0);
-    add_token(p, block.scores.ds + at, begin, end, static_cast<const T*>(p.q) + token * p.A * p.Dk, p.Dk, row, panel, products);
-    add_token(p, block.scores.p + at, begin, end, static_cast<const T*>(p.d_out) + token * p.A * p.Dv, p.Dv, row, panel, products);
+    add_token(p.A, block.scores.ds + at, begin, end, static_cast<const T*>(p.q) + token * p.A * p.Dk, p.Dk, row, panel, products);
+    add_token(p.A, block.scores.p + at, begin, end, static_cast<const T*>(p.d_out) + token * p.A * p.Dv, p.Dv, row, panel, products);
   }
 }
 

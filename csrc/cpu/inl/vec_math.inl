@@ -55,3 +55,17 @@ inline V16 silu16(V16 x) { return div(x, add(set1(1.0f), exp16(sub(zero(), x))))
 
 // silu(gate) * up, unrounded: silu_mul and the SwiGLU epilogue of grouped_gemm.
 inline V16 silu_mul16(V16 gate, V16 up) { return mul(silu16(gate), up); }
+
+// Natural logarithm of normal x > 0, within 2 ulp; any finite number for other x.
+// x = m 2^n with m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh(s), s = (m - 1) / (m + 1), s^2 < 0.0295, its series to s^9 (truncation 3e-10).
+inline V16 log16(V16 x) {
+  const V16 one = set1(1.0f);
+  const Binary b = split_binary(x);
+  const V16 s = div(sub(b.m, one), add(b.m, one)), z = mul(s, s);
+  V16 series = set1(0x1.c71c72p-3f);              // 2/9
+  series = fma(series, z, set1(0x1.24924ap-2f));  // 2/7
+  series = fma(series, z, set1(0x1.99999ap-2f));  // 2/5
+  series = fma(series, z, set1(0x1.555556p-1f));  // 2/3
+  const V16 small = fma(mul(s, z), series, mul(b.n, set1(0x1.7f7d1cp-20f)));
+  return fma(b.n, set1(0x1.62e4p-1f), add(add(s, s), small));
+}

@@ -293,6 +293,68 @@ struct SparseMlaBackwardParams {
 int64_t sparse_mla_score_tokens(const SparseMlaBackwardParams& p);
 void sparse_mla_backward(const SparseMlaBackwardParams& p);
 
+// indexer_kl: per query token, the KL divergence of the main attention, averaged over its heads, from the softmax of the index scores.
+//   The list of token t is topk_indices[t], or every key that it sees, in order: a list of all keys gives the bits of no lists.
+//     p_s = (sum over the heads in order, from +0, of e^((GEMM tree of q . kv_s) * scale - lse[t, a])) / A            fp32
+//     I_s = chain of fma over the index heads in order, from +0, of w[t, h] * relu(GEMM tree of index_q . index_k_s)  NaN stays NaN
+//     for each block of kBlockKeys places of the list, in order:
+//       m' = max(m, max_s I_s), m from -inf; l = fma(l, e^(m - m'), sum of e^(I_s - m'))      m as in "Attention"; l in fp64
+//       mass = mass + sum of p_s, E = E + sum of p_s * (log p_s - I_s)                        a p_s of 0 adds nothing to E; both in fp64
+//     kl = fma(index_lse, mass, E), index_lse = m + log(l), fp64, rounded once. No key: 0.
+//   The sums of a block are fp32 in sixteen lanes, place j in lane j % 16, folded. lse is that of the main attention over the same keys,
+//   so the p of a token sum to 1 up to rounding; they are not divided by their sum.
+inline constexpr int kIndexerKlRevision = 1;
+struct IndexerKlParams {
+  const void* index_q;          // [T, Hi, Di] dtype
+  const float* index_weights;   // [T, Hi]
+  const void* index_k;          // [key_rows, Di] dtype
+  const void* q;                // [T, A, Dk] dtype
+  const void* kv;               // [key_rows, Dk] dtype
+  const float* lse;             // [T, A]
+  const int32_t* topk_indices;  // [T, top_k] as in sparse_mla, or null
+  float* kl;                    // [T]
+  float* index_lse;             // [T], or null; the backward needs both
+  float* mass;                  // [T], or null
+  Sequences sequences;          // contiguous keys only
+  int64_t Hi, Di, A, Dk, top_k;
+  float scale;
+  DType dtype;
+};
+void indexer_kl(const IndexerKlParams& p);
+
+// To the index scores' inputs alone: q, kv and lse are constants. Scores and p are recomputed.
+//     dI_s = (e^(I_s - index_lse) * mass - p_s) * d_kl, the first two steps one fma; g_hs = dI_s * w[t, h] where relu > 0, rounded to dtype
+//   d_index_weights[t, h] = fma over the list of dI_s and relu_hs, in sixteen lanes, folded at its end
+//   d_index_q = (GEMM tree over the list of g k_s, blocks of 32 places in order) + 0, rounded once
+//   d_index_k[s], from +0, over the query tokens that list key s, in order: + (GEMM tree over the heads of g index_q), its blocks of 32
+//   heads one by one. + 0, one rounding.
+struct IndexerKlBackwardParams {
+  const float* d_kl;            // [T]
+  const void* index_q;          // [T, Hi, Di] dtype
+  const float* index_weights;   // [T, Hi]
+  const void* index_k;          // [key_rows, Di] dtype
+  const void* q;                // [T, A, Dk] dtype
+  const void* kv;               // [key_rows, Dk] dtype
+  const float* lse;             // [T, A]
+  const int32_t* topk_indices;  // [T, top_k], or null
+  const float* index_lse;       // [T], of the forward
+  const float* mass;            // [T], of the forward
+  void* d_index_q;              // [T, Hi, Di] dtype
+  float* d_index_weights;       // [T, Hi]
+  void* d_index_k;              // [key_rows, Di] dtype; rows that no token lists get zeros
+  float* sums;                  // workspace [key_rows, Di]
+  float* scores;                // workspace [score_tokens, score_blocks, Hi, kBlockKeys]
+  Sequences sequences;
+  int64_t Hi, Di, A, Dk, top_k;
+  int64_t score_tokens;  // tokens at a time, at least 1: indexer_kl_score_tokens(p). Changes no bits
+  int64_t score_blocks;  // blocks of the longest list, or more: indexer_kl_score_blocks(p)
+  float scale;
+  DType dtype;
+};
+int64_t indexer_kl_score_blocks(const IndexerKlBackwardParams& p);
+int64_t indexer_kl_score_tokens(const IndexerKlBackwardParams& p);  // reads score_blocks
+void indexer_kl_backward(const IndexerKlBackwardParams& p);
+
 // rms_norm: y = weight * round(x * rsqrt(mean(x^2) + eps)), rounded to dtype before and after the weight (Hugging Face order).
 //   1 / sqrt is computed as an exact square root and an exact division.
 inline constexpr int kRmsNormRevision = 1;

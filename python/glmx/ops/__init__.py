@@ -12,6 +12,7 @@ from glmx.ops.embedding import embedding
 from glmx.ops.expert_plan import ExpertPlan, expert_plan
 from glmx.ops.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, linear
 from glmx.ops.head_gemm import head_gemm
+from glmx.ops.indexer_kl import indexer_kl
 from glmx.ops.indexer_topk import indexer_topk
 from glmx.ops.layer_norm import layer_norm
 from glmx.ops.lm_head_logprob import LogProbs, lm_head_logprob
@@ -36,6 +37,7 @@ __all__ = [
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
     "head_gemm",
+    "indexer_kl",
     "indexer_topk",
     "layer_norm",
     "linear",

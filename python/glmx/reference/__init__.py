@@ -16,6 +16,7 @@ from glmx.reference.expert_plan import ExpertPlan, expert_plan
 from glmx.reference.gemm_tree import gemm_tree
 from glmx.reference.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, linear
 from glmx.reference.head_gemm import head_gemm
+from glmx.reference.indexer_kl import indexer_kl
 from glmx.reference.indexer_topk import indexer_topk
 from glmx.reference.layer_norm import layer_norm
 from glmx.reference.lm_head_logprob import LogProbs, lm_head_logprob
@@ -42,6 +43,7 @@ __all__ = [
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
     "head_gemm",
+    "indexer_kl",
     "indexer_topk",
     "layer_norm",
     "linear",

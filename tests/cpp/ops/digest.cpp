@@ -416,6 +416,63 @@ void indexer_topk_case(DType dtype, int64_t Hi, int64_t Di, int64_t top_k, bool 
   record("indexer_topk", label(paged ? "paged" : "rows", dtype, top_k) + "_" + std::to_string(range_keys), lists);
 }
 
+// Sequences of 20 and 3 query tokens with 150 and 70 keys; with lists, token t names every (1 + t % 3)-rd key that it sees, up to top_k,
+// and token 4 none. The backward takes 7 tokens at a time.
+void indexer_kl_case(DType dtype, int64_t A, int64_t Dk, int64_t Hi, int64_t Di, int64_t top_k) {
+  const int32_t cu_q[] = {0, 20, 23}, cu_k[] = {0, 150, 220}, lens[] = {150, 70};
+  const int64_t T = 23, rows = 220, blocks = 3;
+  const Bytes index_q = values(dtype, T * Hi * Di), weights = values(DType::f32, T * Hi), index_k = values(dtype, rows * Di);
+  const Bytes q = values(dtype, T * A * Dk), kv = values(dtype, rows * Dk), lse = values(DType::f32, T * A), lists(T * top_k * 4);
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t i = 0; i < top_k; ++i) {
+      const int64_t key = i * (1 + t % 3), last = t < 20 ? 130 + t : 47 + t;
+      lists.as<int32_t>()[t * top_k + i] = key > last || t == 4 ? -1 : static_cast<int32_t>(key);
+    }
+  }
+  const Bytes kl = room(DType::f32, T), index_lse = room(DType::f32, T), mass = room(DType::f32, T);
+  glmx::IndexerKlParams p{};
+  p.index_q = index_q.get(), p.index_weights = weights.as<float>(), p.index_k = index_k.get(), p.q = q.get(), p.kv = kv.get();
+  p.lse = lse.as<float>(), p.topk_indices = top_k > 0 ? lists.as<int32_t>() : nullptr;
+  p.kl = kl.as<float>(), p.index_lse = index_lse.as<float>(), p.mass = mass.as<float>();
+  p.sequences = {cu_q, lens, cu_k, nullptr, 2, T, 0, rows};
+  p.Hi = Hi, p.Di = Di, p.A = A, p.Dk = Dk, p.top_k = top_k, p.scale = 0.25f, p.dtype = dtype;
+  glmx::indexer_kl(p);
+  const std::string name = label(top_k > 0 ? "lists" : "all", dtype, Hi * 1000 + top_k);
+  record("indexer_kl", name + "_kl", kl);
+  record("indexer_kl", name + "_lse", index_lse);
+  record("indexer_kl", name + "_mass", mass);
+  const Bytes d_kl = values(DType::f32, T), d_q = room(dtype, T * Hi * Di), d_w = room(DType::f32, T * Hi), d_k = room(dtype, rows * Di);
+  const Bytes sums = room(DType::f32, rows * Di), scores = room(DType::f32, 7 * blocks * Hi * glmx::kBlockKeys);
+  glmx::indexer_kl_backward({d_kl.as<float>(),
+                             p.index_q,
+                             p.index_weights,
+                             p.index_k,
+                             p.q,
+                             p.kv,
+                             p.lse,
+                             p.topk_indices,
+                             p.index_lse,
+                             p.mass,
+                             d_q.get(),
+                             d_w.as<float>(),
+                             d_k.get(),
+                             sums.as<float>(),
+                             scores.as<float>(),
+                             p.sequences,
+                             Hi,
+                             Di,
+                             A,
+                             Dk,
+                             top_k,
+                             7,
+                             blocks,
+                             0.25f,
+                             dtype});
+  record("indexer_kl", name + "_d_index_q", d_q);
+  record("indexer_kl", name + "_d_index_weights", d_w);
+  record("indexer_kl", name + "_d_index_k", d_k);
+}
+
 void run_all() {
   for (DType dtype : {DType::f32, DType::bf16}) {
     for (int64_t H : {1, 15, 16, 33, 130}) rms_norm_case(dtype, 67, H);
@@ -448,6 +505,8 @@ void run_all() {
       sparse_mla_case(dtype, 9, 40, 24, 100, paged);
       sparse_mla_case(dtype, 70, 16, 16, 33, paged);
     }
+    for (int64_t top_k : {0, 40, 100}) indexer_kl_case(dtype, 5, 40, top_k == 40 ? 66 : 3, 20, top_k);
+    indexer_kl_case(dtype, 9, 33, 4, 32, 0);
   }
 }
 

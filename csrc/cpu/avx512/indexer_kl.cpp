@@ -1,0 +1,24 @@
+// indexer_kl / avx512: the body of cpu/inl/indexer_kl.inl (which see) compiled for avx512.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/parallel.h"
+#include "core/workspace.h"
+#include "cpu/kernels.h"
+
+namespace glmx::cpu::avx512 {
+namespace {
+#include "cpu/avx512/vec.h"
+#include "cpu/avx512/vec64.h"
+
+constexpr int kRows = 6, kVecs = 2;  // 24 accumulators, 2 of the panel, 1 broadcast: 27 of 32 registers
+
+#include "cpu/avx512/transpose.h"
+#include "cpu/inl/indexer_kl.inl"
+}  // namespace
+
+void indexer_kl(const IndexerKlParams& p) { kl_forward(p); }
+void indexer_kl_backward(const IndexerKlBackwardParams& p) { kl_backward(p); }
+}  // namespace glmx::cpu::avx512
