@@ -28,11 +28,36 @@ TINY = {
 }
 
 
+# A GLM-5 whose second layer takes the first one's list; rows of 24 tokens have more than 6 keys.
+TINY_DSA = {key: value for key, value in TINY.items() if key not in ("head_dim", "use_qk_norm", "attention_bias")} | {
+    "model_type": "glm_moe_dsa",
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "num_key_value_heads": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 6,
+    "indexer_types": ["full", "shared"],
+}
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A directory with config.json alone."""
     path = tmp_path_factory.mktemp("model")
     (path / "config.json").write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dsa_dir(tmp_path_factory):
+    """The same of a glm_moe_dsa."""
+    path = tmp_path_factory.mktemp("dsa")
+    (path / "config.json").write_text(json.dumps(TINY_DSA))
     return path
 
 
@@ -62,6 +87,12 @@ def raw(model_dir, data_dir, tmp_path):
         "checkpoint": {"every_steps": 2},
         "eval": {"every_steps": 3},
     }
+
+
+@pytest.fixture
+def dsa_raw(raw, dsa_dir):
+    """The run of a glm_moe_dsa, its attention dense in the first three steps."""
+    return {**raw, "model": str(dsa_dir), "indexer": {"dense_tokens": 3 * 96}}
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def test_bits_do_not_depend_on_the_thread_count():
             scale = 10.0 ** (torch.rand(1, n, generator=g) * -22)  # down to where the second moment is denormal
             optim.zero_grad()
             p.main_grad += torch.randn(1, n, generator=g) * scale
-            optim.step(0.01, 0.7)
+            optim.step(0.01, {"model": 0.7})
         return optim.state_dict()
 
     before = torch.get_num_threads()

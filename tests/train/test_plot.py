@@ -12,14 +12,15 @@ from glmx.train import plot
 pytest.importorskip("matplotlib")
 
 
-def write_log(path, steps=40, *, mtp=True, layers=2, heldout=True, tail=""):
+def write_log(path, steps=40, *, mtp=True, layers=2, heldout=True, kl=False, tail=""):
     lines = []
     for s in range(1, steps + 1):
         load = [[10 + e for e in range(4)] for _ in range(layers)]
         lines.append(
             {
                 "step": s, "tokens": s * 1000, "loss": 8 / s + 3, "mtp_loss": 9 / s + 3 if mtp else None,
-                "aux_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 5000.0, "time_s": 0.2 * s,
+                "aux_loss": 1.0, "indexer_kl": 2 / s if kl else None,
+                "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 5000.0, "time_s": 0.2 * s,
                 "max_vio": [max(x) / np.mean(x) - 1 for x in load], "expert_load": load,
             }
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""glmx demo: the main job on one page. Trains a small GLM (MoE, MTP) on this machine's Python sources and uses it.
+"""glmx demo: the main job on one page. Trains a small GLM on this machine's Python sources and uses it.
 
     corpus -> tokenizer -> token shards -> pre-training -> held-out bits per byte -> checkpoint, plot -> completions
 
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmx.cli.demo_models import MODELS, VOCAB
 from glmx.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -28,36 +29,11 @@ if TYPE_CHECKING:
     from glmx.serve.llm import LLM
     from glmx.train.config import PretrainConfig
 
-# The demo's model: 13.8 M parameters of which 5.7 M work on a token. Sized so that the token budget below takes some
-# minutes on two cores; shapes follow GLM-4.5 (first layer dense, sigmoid router, one shared expert, one MTP layer).
-VOCAB = 4096
-MODEL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 768,
-    "moe_intermediate_size": 192,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "use_qk_norm": True,
-    "attention_bias": False,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
-    "partial_rotary_factor": 0.5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 4096,
-    "num_nextn_predict_layers": 1,
-}
 TOKENS = 600_000  # the full demo's budget; gzip's bits per byte are passed at about half of it
-SEQ_LEN, BATCH_ROWS, MICRO_ROWS = 256, 8, 8
 # Ten times GLM-4.5's rate: its run has ten thousand times the steps in which to balance the experts.
 BALANCE_RATE = 1e-2
 COMPLETIONS, COMPLETION_TOKENS = 20, 64
+SPARSITY_TOKENS = 15_000
 PROMPT = "def read_config(path):\n"
 
 
@@ -65,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="bound on the wall time of training (default: none)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="directory of everything the demo makes")
     parser.add_argument("--corpus", type=Path, help="train on this directory of text instead of the standard library")
-    parser.add_argument("--arch", choices=["glm4_moe"], default="glm4_moe", help="model family")
+    parser.add_argument(
+        "--arch",
+        choices=list(MODELS),
+        default="glm_moe_dsa",
+        help="glm_moe_dsa: a small GLM-5, its attention sparse (default); glm4_moe: a small GLM-4.5",
+    )
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"token budget (default {TOKENS:,})")
     parser.add_argument(
         "--balance-rate", type=float, default=BALANCE_RATE, help="expert bias update rate; 0 turns it off"
@@ -82,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from glmx.train.loop import pretrain
     from glmx.train.plot import require_matplotlib
 
-    if args.tokens < SEQ_LEN * BATCH_ROWS:
-        raise ConfigError(f"--tokens {args.tokens}: expected at least one step, {SEQ_LEN * BATCH_ROWS}")
+    if args.tokens < MODELS[args.arch].tokens_per_step:
+        raise ConfigError(f"--tokens {args.tokens}: expected at least one step, {MODELS[args.arch].tokens_per_step}")
     if not 0 <= args.minutes < math.inf:
         raise ConfigError(f"--minutes {args.minutes:g}: expected 0 (no bound) or more")
     if args.device not in ("auto", "cpu"):
@@ -100,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     if result.reason.startswith("SIG"):
         return 128 + signal.Signals[result.reason]
     console.rule("results")
-    report(args, console, corpus, tokenizer, result)
+    report(args, console, corpus, tokenizer, result, config.indexer.dense_tokens or 0)
+    if args.arch == "glm_moe_dsa":
+        console.print(sparsity_words(args, result.checkpoint), soft_wrap=True)
     complete(console, corpus, result.checkpoint)
     console.rule(f"done in {(time.monotonic() - begun) / 60:.1f} minutes")
     next_steps(args, console, result.checkpoint)
@@ -132,7 +115,7 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Corpus, Tokenizer]:
         f"budget {args.tokens:,}"
     )
     config = ModelConfig.from_dict(
-        {"model_type": args.arch, **MODEL, "eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.eos_id}
+        {**MODELS[args.arch].config, "eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.eos_id}
     )
     total, active = config.num_parameters(), config.num_active_parameters()
     console.print(f"model     {args.arch}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M work on a token")
@@ -172,16 +155,24 @@ def run_config(args: argparse.Namespace) -> PretrainConfig:
     """The run itself, under OUT/run; an ordinary `glmx pretrain` configuration."""
     from glmx.train.config import make_config
 
+    model = MODELS[args.arch]
+    indexer = {"indexer": {"dense_tokens": int(model.dense_share * args.tokens)}} if model.dense_share else {}
     return make_config(
         {
+            **indexer,
             "model": str(args.out / "model"),
             "out": str(args.out / "run"),
-            "data": {"shards": str(args.out / "data"), "train": "train", "heldout": "heldout", "seq_len": SEQ_LEN},
+            "data": {
+                "shards": str(args.out / "data"),
+                "train": "train",
+                "heldout": "heldout",
+                "seq_len": model.seq_len,
+            },
             "optim": {"lr": 4e-3, "min_lr": 2e-4, "warmup_tokens": min(40_000, args.tokens // 10), "weight_decay": 0.1},
             "train": {
                 "tokens": args.tokens,
-                "batch_rows": BATCH_ROWS,
-                "micro_rows": MICRO_ROWS,
+                "batch_rows": model.batch_rows,
+                "micro_rows": model.batch_rows,
                 "seed": args.seed,
                 "minutes": args.minutes,
                 "dtype": "bf16" if args.dtype == "auto" else args.dtype,
@@ -193,7 +184,9 @@ def run_config(args: argparse.Namespace) -> PretrainConfig:
     )
 
 
-def report(args: argparse.Namespace, console: Any, corpus: Corpus, tokenizer: Tokenizer, result: Any) -> None:
+def report(
+    args: argparse.Namespace, console: Any, corpus: Corpus, tokenizer: Tokenizer, result: Any, dense_tokens: int
+) -> None:
     """Held-out bits per byte beside what compressors and a token 5-gram make of the same bytes; the plot."""
     from rich.table import Table
 
@@ -229,8 +222,12 @@ def report(args: argparse.Namespace, console: Any, corpus: Corpus, tokenizer: To
     console.print(
         f"experts   MaxVio per MoE layer over the last 20 % of the steps: {final_max_vio(steps)}", soft_wrap=True
     )
+    if kl_words := indexer_kl(steps):
+        console.print(kl_words, soft_wrap=True)
     shown = {"gzip -9, per file": packed.gzip_per_file, "token 5-gram": ngram}
-    picture = plot_run(log, args.out / "demo.png", title="glmx demo", baselines=shown)
+    picture = plot_run(
+        log, args.out / "demo.png", title=f"glmx demo, {args.arch}", baselines=shown, dense_tokens=dense_tokens
+    )
     console.print(f"plot      {picture}", soft_wrap=True)
 
 
@@ -239,6 +236,36 @@ def final_max_vio(steps: list[dict[str, Any]]) -> str:
     last = steps[-max(1, len(steps) // 5) :]
     means = [sum(layer) / len(last) for layer in zip(*(record["max_vio"] for record in last), strict=True)]
     return ", ".join(f"{mean:.2f}" for mean in means)
+
+
+def indexer_kl(steps: list[dict[str, Any]]) -> str:
+    """How far index scores are from attention, first and last; empty without indexers."""
+    if steps[-1]["indexer_kl"] is None:
+        return ""
+    first, last = steps[0]["indexer_kl"], steps[-1]["indexer_kl"]
+    return (
+        f"indexer   its KL to the attention it selects for: {first:.3f} nats at the first step, {last:.3f} at the last"
+    )
+
+
+def sparsity_words(args: argparse.Namespace, checkpoint: Path) -> str:
+    """How much of held-out text was attended to sparsely, and what the lists hold of dense attention."""
+    import glmx
+    from glmx.data.packing import HeldoutRows
+    from glmx.data.shards import TokenShards
+    from glmx.models.batch import Batch
+    from glmx.models.sparsity import measure
+
+    heldout, seq_len = TokenShards.open(args.out / "data", "heldout"), MODELS[args.arch].seq_len
+    every = -(-heldout.num_tokens // SPARSITY_TOKENS)
+    rows = HeldoutRows(heldout, seq_len=seq_len, batch_tokens=4 * seq_len, every=every)
+    model = glmx.load(checkpoint)
+    found, top_k = measure(model, ((micro.ids, Batch(micro.cu_seqlens)) for micro in rows)), model.config.index_topk
+    return (
+        f"sparsity  {found.sparse_tokens / found.tokens:.0%} of {found.tokens:,} held-out tokens had more than {top_k} "
+        f"keys; the {top_k} selected ones hold {found.selected:.1%} of their attention, the last {top_k} would hold "
+        f"{found.window:.1%}"
+    )
 
 
 def complete(console: Any, corpus: Corpus, checkpoint: Path) -> None:
@@ -291,7 +318,7 @@ def next_steps(args: argparse.Namespace, console: Any, checkpoint: Path) -> None
         f"checkpoint  {checkpoint} (a Hugging Face directory)\n"
         f"try next    glmx generate {checkpoint} --prompt 'import os' --max-tokens 64\n"
         f"            glmx serve {checkpoint}\n"
-        f"            glmx demo --tokens {2 * TOKENS} --out longer-run",
+        f"            glmx demo --arch {args.arch} --tokens {2 * TOKENS} --out longer-run",
         markup=False,
         soft_wrap=True,
     )

@@ -12,6 +12,7 @@ Legend: T tokens, H hidden, A heads, I index heads, i dims of an index head, d d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,7 @@ from glmx.layers.mla import MLA
 from glmx.layers.norm import LayerNorm
 
 if TYPE_CHECKING:
-    from glmx.models.batch import Batch
+    from glmx.models.batch import Batch, Keys
     from glmx.models.config import ModelConfig
     from glmx.models.state import LayerState, Planes
 
@@ -78,6 +79,7 @@ class DSA(MLA):
 
     collect_kl   training forwards keep `kl`, indexer_kl's [T] of this layer's attention, for the trainer
     see_all_keys training forwards attend to every key (the indexer's dense warm-up); its loss is over all of them
+    observer     called with (layer, q [T, A, d], kv, keys, lists) when rows have attended to lists, for measurements
     """
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -92,6 +94,7 @@ class DSA(MLA):
         self.collect_kl = False
         self.see_all_keys = False
         self.kl: torch.Tensor | None = None
+        self.observer: Callable[[DSA, torch.Tensor, torch.Tensor, Keys, torch.Tensor], None] | None = None
 
     @property
     def planes(self) -> Planes:
@@ -115,6 +118,8 @@ class DSA(MLA):
             attended = ops.sparse_mla(
                 q_TAd, kv_Rd, lists_Tk, **keys, scale=self.scale, v_dim=self.latent_dim, return_lse=True
             )
+            if self.observer is not None:
+                self.observer(self, q_TAd, kv_Rd, keys, lists_Tk)
         if selection.index_rows is not None:
             self.kl = ops.indexer_kl(
                 *selection.index_rows,

@@ -73,6 +73,19 @@ class Balance(Section, frozen=True):
     aux_weight: NonNegative = 1e-4  # weight of the sequence-wise balance loss
 
 
+class Indexer(Section, frozen=True):
+    """How the indexers of a glm_moe_dsa learn: KL to the attention that uses their lists (DeepSeek-V3.2, 2.1).
+
+    None: not given, and the default holds. For a model without indexers nothing may be given.
+    """
+
+    # Of the KL in the gradient (default 1); 0 freezes the indexers. Nothing else reaches them and AdamW's updates do
+    # not change with a gradient's scale, so it matters against `optim.clip` and `optim.eps` alone; 1 is far from eps.
+    weight: NonNegative | None = None
+    dense_tokens: Count | None = None  # until so many are trained, attention and KL take every key (default 0)
+    only: bool | None = None  # train the indexers alone, the rest frozen (default false): GLM-5's warm-up
+
+
 class Checkpoint(Section, frozen=True):
     every_steps: Count = 200  # 0: only at the end
     keep: PositiveInt = 2  # the newest so many stay
@@ -90,6 +103,7 @@ class PretrainConfig(Section, frozen=True):
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     balance: Balance = field(default_factory=Balance)
+    indexer: Indexer = field(default_factory=Indexer)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
     mtp_loss_weight: NonNegative = 0.3  # of the MTP layer's loss; without an MTP layer there is none
@@ -229,7 +243,7 @@ def _explain(message: str, raw: dict[str, Any]) -> str:
     """msgspec's "Expected `float`, got `str` - at `$.optim.lr`" with the key first and the value given."""
     what, _, path = message.partition(" - at `$.")
     path = path.rstrip("`")
-    what = re.sub(r"`(float|int|str|bool|object)`", r"\1", what)
+    what = re.sub(r"`(float|int|str|bool|object)(?: \| null)?`", r"\1", what)
     if missing := re.search(r"missing required field `(\w+)`", what):
         name = f"{path}.{missing[1]}" if path else missing[1]
         return f"{name} is missing: it has no default"
@@ -258,6 +272,8 @@ def _check(config: PretrainConfig) -> None:
         )
     if optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr is {optim.min_lr}: it must not exceed optim.lr, which is {optim.lr}")
+    if config.indexer.only and config.indexer.weight == 0:
+        raise ConfigError("indexer.only is True and indexer.weight is 0.0: nothing would be trained")
     planned = config.total_steps * config.tokens_per_step
     if optim.warmup_tokens > planned:
         raise ConfigError(f"optim.warmup_tokens is {optim.warmup_tokens}: the run has only {planned} tokens in all")

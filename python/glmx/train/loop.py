@@ -3,7 +3,8 @@
     result = pretrain(load_config("run.toml"))
 
 The same call continues a run that was cut short: what is in `out` decides. Records of log.jsonl, per step:
-    step, tokens, loss, mtp_loss (null without MTP), aux_loss, lr, grad_norm, tokens_per_s, time_s,
+    step, tokens, loss, mtp_loss (null without MTP), aux_loss, indexer_kl (null where no indexer is trained), lr,
+    grad_norm (without the indexers, unless they are trained alone), tokens_per_s, time_s,
     max_vio: [per MoE layer], expert_load: [[E] per MoE layer]   (the MTP layer is the last)
 and per held-out measurement: step, tokens, heldout_loss (nats per token), heldout_bpb (bits per byte).
 """
@@ -83,6 +84,7 @@ def train_step(run: Run) -> dict[str, Any]:
     micro_batches = run.next_batch()
     counts = Denominators.of(micro_batches, config.data.seq_len)
     losses, loads = Losses(), balance.ExpertLoads()
+    run.model.see_all_keys = run.tokens < (config.indexer.dense_tokens or 0)
     run.optim.zero_grad()
     for micro in micro_batches:
         forward_backward(
@@ -91,16 +93,19 @@ def train_step(run: Run) -> dict[str, Any]:
             counts,
             seq_len=config.data.seq_len,
             mtp_weight=config.mtp_loss_weight if run.with_mtp else 0.0,
-            aux_weight=config.balance.aux_weight,
+            aux_weight=run.aux_weight,
+            kl_weight=run.kl_weight,
             losses=losses,
             loads=loads,
         )
         run.optim.fold_grads()
 
-    norm = run.optim.grad_norm()
-    if not math.isfinite(norm + losses.main):
+    norms = run.optim.grad_norms()
+    norm = norms.get("model", norms.get("indexer", 0.0))
+    if not math.isfinite(sum(norms.values()) + losses.main):
         last = f"the last checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
-        raise GlmxError(f"step {run.step + 1}: loss {losses.main}, gradient norm {norm}: {last}; try a lower optim.lr")
+        words = ", ".join(f"gradient norm of the {part} {value}" for part, value in norms.items())
+        raise GlmxError(f"step {run.step + 1}: loss {losses.main}, {words}: {last}; try a lower optim.lr")
     tokens = run.tokens + config.tokens_per_step
     lr = learning_rate(
         tokens,
@@ -109,9 +114,9 @@ def train_step(run: Run) -> dict[str, Any]:
         min_lr=config.optim.min_lr,
         warmup_tokens=config.optim.warmup_tokens,
     )
-    run.optim.step(lr, clip_factor(norm, config.optim.clip))
+    run.optim.step(lr, {part: clip_factor(value, config.optim.clip) for part, value in norms.items()})
     freeze = config.balance.freeze_after_tokens
-    if not freeze or run.tokens < freeze:
+    if not config.indexer.only and (not freeze or run.tokens < freeze):
         balance.update_biases(run.biases, loads, config.balance.rate)
 
     run.step, run.tokens = run.step + 1, tokens
@@ -123,6 +128,7 @@ def train_step(run: Run) -> dict[str, Any]:
         "loss": losses.main,
         "mtp_loss": losses.mtp if run.with_mtp else None,
         "aux_loss": losses.aux,
+        "indexer_kl": losses.indexer_kl if run.kl_weight else None,
         "lr": lr,
         "grad_norm": norm,
         "tokens_per_s": config.tokens_per_step / seconds,

@@ -5,7 +5,8 @@
 Both losses are means over the valid targets of the *global* batch: the counts are known before the first
 backward, so gradient accumulation needs no correction. Log-probs come from lm_head_logprob (no [T, V] tensor
 exists), sums are exact (math.fsum), and the backward starts from hand-made gradients, -1/count per target: no
-torch reduction takes part.
+torch reduction takes part. The same goes for the indexers' KL, a mean over the tokens of each layer; the MTP layer's
+leaves out tokens whose next one is not known, for what it attends with there is made up.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Denominators:
-    """Valid targets of a global batch, and its rows of seq_len tokens."""
+    """Valid targets of a global batch, its rows of seq_len tokens, and its tokens."""
 
     main: int
     mtp: int
     rows: int
+    tokens: int
 
     @classmethod
     def of(cls, micro_batches: Sequence[PackedBatch], seq_len: int) -> Denominators:
@@ -39,18 +41,20 @@ class Denominators:
             main=sum(int((m.targets >= 0).sum()) for m in micro_batches),
             mtp=sum(int((m.mtp_targets >= 0).sum()) for m in micro_batches),
             rows=sum(m.num_tokens for m in micro_batches) // seq_len,
+            tokens=sum(m.num_tokens for m in micro_batches),
         )
 
 
 @dataclass
 class Losses:
     """Means over a global batch, in nats; `aux` is the sequence-balance loss, averaged over rows and MoE
-    layers.
+    layers, `indexer_kl` the indexers' divergence, averaged over tokens and DSA layers.
     """
 
     main: float = 0.0
     mtp: float = 0.0
     aux: float = 0.0
+    indexer_kl: float = 0.0
 
 
 def exact_sum(x: Tensor) -> float:
@@ -73,10 +77,14 @@ def forward_backward(
     seq_len: int,
     mtp_weight: float,
     aux_weight: float,
+    kl_weight: float = 0.0,
     losses: Losses,
     loads: ExpertLoads,
 ) -> None:
-    """Accumulates the gradients of one micro-batch and adds its part to `losses` and `loads`."""
+    """Accumulates the gradients of one micro-batch and adds its part to `losses` and `loads`.
+
+    A `kl_weight` goes with model.collect_kl. Losses that no trained parameter has part in are measured all the same.
+    """
     from glmx.models.batch import Batch
 
     batch = Batch(micro.cu_seqlens)
@@ -88,6 +96,7 @@ def forward_backward(
     outputs.append(logprob_T)
     grads.append(torch.full_like(logprob_T, -1.0 / max(counts.main, 1)))
     losses.main -= exact_sum(logprob_T) / max(counts.main, 1)
+    num_layers = len(model.indexer_kl())
     if mtp_weight:
         mtp_TH = model.mtp_hidden(hidden_TH, micro.next_ids, micro.positions, batch)
         logprob_T = target_logprobs(model, mtp_TH, micro.mtp_targets)
@@ -103,7 +112,18 @@ def forward_backward(
         losses.aux += value / (counts.rows * len(stats))
         outputs.append(s.scores)
         grads.append(grad_TE * (aux_weight / counts.rows))
-    torch.autograd.backward(outputs, grads)
+
+    kls = model.indexer_kl() if kl_weight else []
+    for layer, kl_T in enumerate(kls):
+        mask_T, count = torch.ones_like(kl_T), counts.tokens
+        if layer >= num_layers:  # the MTP layer
+            mask_T, count = (micro.targets >= 0).to(kl_T), max(counts.main, 1)
+        losses.indexer_kl += exact_sum(kl_T.detach() * mask_T) / (count * len(kls))
+        outputs.append(kl_T)
+        grads.append(mask_T * (kl_weight / count))
+
+    trained = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+    torch.autograd.backward(*map(list, zip(*trained, strict=True)))
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 """AdamW on fp32 masters that the trainer owns; each step ends in one rounding from master to parameter.
 
-Everything lives in flat buffers, one set per group (weight decay or not, parameter dtype): masters, both
+Everything lives in flat buffers, one set per group (part, weight decay or not, parameter dtype): masters, both
 moments, the fp32 gradient accumulators `p.main_grad`, and the parameters themselves, which become views. A
 backward accumulates into `main_grad` (autograd then returns None); what an op without that support leaves
 in `p.grad` is folded in by `fold_grads`.
+
+A model's indexers are a part of their own: what trains them must not reach the rest, and one gradient norm over both,
+clipped, would.
 
 Numerics. An update is a chain of torch's `mul`, `add`, `div` and `sqrt`, each rounded once and never fused,
 so its bits depend neither on the thread count nor on where a vector tail falls; `addcmul`, `lerp` and
@@ -15,8 +18,9 @@ embedding, whose rows get a gradient only when their token occurs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +46,10 @@ class Slot:
 
 
 class Group:
-    """Parameters of one dtype with one weight decay: flat buffers [N], N the padded sum of their sizes."""
+    """Parameters of one part, dtype and weight decay: flat buffers [N], N the padded sum of their sizes."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], decays: bool) -> None:
-        self.decays = decays
+    def __init__(self, named: list[tuple[str, nn.Parameter]], part: str, decays: bool) -> None:
+        self.part, self.decays = part, decays
         self.slots: list[Slot] = []
         size = 0
         for name, param in named:
@@ -68,6 +72,11 @@ def decays(name: str, param: Tensor) -> bool:
     return param.dim() > 1 and "embed_tokens" not in name
 
 
+def part_of(name: str) -> str:
+    """ "model" or "indexer": what the parameter belongs to, each with a gradient norm of its own."""
+    return "indexer" if ".indexer." in name else "model"
+
+
 class AdamW:
     """Decoupled weight decay (arXiv 1711.05101) with bias correction, as torch.optim.AdamW computes it.
 
@@ -86,14 +95,15 @@ class AdamW:
     ) -> None:
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
         self.updates = 0
-        sorted_into: dict[tuple[bool, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+        sorted_into: dict[tuple[str, bool, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
         for name, param in named:
             if not param.requires_grad:
                 continue
             if param.dtype not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"parameter {name} is {param.dtype}: expected bfloat16 or float32")
-            sorted_into.setdefault((decays(name, param), param.dtype), []).append((name, param))
-        self.groups = [Group(members, decay) for (decay, _), members in sorted_into.items()]
+            key = part_of(name), decays(name, param), param.dtype
+            sorted_into.setdefault(key, []).append((name, param))
+        self.groups = [Group(members, part, decay) for (part, decay, _), members in sorted_into.items()]
 
     @torch.no_grad()
     def zero_grad(self) -> None:
@@ -111,22 +121,26 @@ class AdamW:
                     slot.param.main_grad.add_(slot.param.grad.to(torch.float32))  # type: ignore[attr-defined]
                     slot.param.grad = None
 
-    def grad_norm(self) -> float:
-        """Norm over all gradients, summed in fp64 in a fixed order."""
+    def grad_norms(self) -> dict[str, float]:
+        """Norm over all gradients of each part, summed in fp64 in a fixed order."""
         from glmx.ops import sum_squares
 
-        return math.sqrt(float(sum_squares([group.grad_N for group in self.groups])))
+        grads: dict[str, list[Tensor]] = {}
+        for group in self.groups:
+            grads.setdefault(group.part, []).append(group.grad_N)
+        return {part: math.sqrt(float(sum_squares(buffers))) for part, buffers in grads.items()}
 
     @torch.no_grad()
-    def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """One update with the gradients times `grad_scale` (the clip factor), then one rounding to the
-        parameters.
+    def step(self, lr: float, grad_scales: Mapping[str, float] = MappingProxyType({})) -> None:
+        """One update with the gradients of each part times its factor in `grad_scales` (clipping), then one rounding
+        to the parameters.
         """
         self.updates += 1
         correction1 = 1.0 - self.beta1**self.updates
         correction2 = 1.0 - self.beta2**self.updates
         for group in self.groups:
             keep = 1.0 - lr * self.weight_decay if group.decays else 1.0
+            grad_scale = grad_scales.get(group.part, 1.0)
             buffers = (group.grad_N, group.exp_avg_N, group.exp_avg_sq_N, group.master_N, group.params_N)
             scratch, scratch2 = torch.empty_like(group.grad_N[:BLOCK]), torch.empty_like(group.grad_N[:BLOCK])
             for grad, exp_avg, exp_avg_sq, master, param in zip(

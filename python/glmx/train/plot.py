@@ -2,9 +2,9 @@
 
     plot_run(out / "log.jsonl", out / "run.png", baselines={"gzip -9 per file": 2.14, "token 5-gram": 1.58})
 
-Panels: losses, held-out bits per byte beside the baselines, load of every expert, learning rate and gradient
-norm, throughput; all over the tokens trained on. Fields of the log: see train/loop.py. Needs matplotlib
-(`glmx[train]`).
+Panels: losses, held-out bits per byte beside the baselines, the indexers' KL where there is one, load of every
+expert, learning rate and gradient norm, throughput; all over the tokens trained on. Fields of the log: see
+train/loop.py. Needs matplotlib (`glmx[train]`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ PANELS = {
     "rate": (0.545, 0.07, 0.175, 0.365),
     "speed": (0.805, 0.07, 0.18, 0.365),
 }
+# Where indexers are trained, their panel takes its place from the two above.
+INDEXER_PANELS = {
+    "loss": (0.045, 0.545, 0.40, 0.355),
+    "heldout": (0.49, 0.545, 0.265, 0.355),
+    "indexer": (0.80, 0.545, 0.185, 0.355),
+}
 BASELINE_STYLES = ((0, (1, 1.5)), (0, (4, 2)), (0, (6, 2, 1, 2)), "-")
 
 
@@ -54,8 +60,10 @@ def plot_run(
     *,
     title: str = "",
     baselines: Mapping[str, float] | None = None,
+    dense_tokens: int = 0,
 ) -> Path:
-    """Draw `log` into `png` (1400 x 900). `baselines`: name -> bits per byte. Returns the path.
+    """Draw `log` into `png` (1400 x 900). `baselines`: name -> bits per byte. `dense_tokens`: where sparse attention
+    began. Returns the path.
 
     Raises ConfigError when the log is missing or has no step yet, UnsupportedError without matplotlib.
     """
@@ -76,7 +84,7 @@ def plot_run(
     with rc_context(style):
         figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
-        _draw(figure, steps, heldout, title, dict(baselines or {}))
+        _draw(figure, steps, heldout, title, dict(baselines or {}), dense_tokens)
         path = Path(png)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
@@ -115,14 +123,19 @@ def _draw(
     heldout: list[dict[str, Any]],
     title: str,
     baselines: dict[str, float],
+    dense_tokens: int = 0,
 ) -> None:
     tokens = _column(steps, "tokens")
     unit, name = (1e9, "billion") if tokens[-1] >= 1e9 else (1e6, "million") if tokens[-1] >= 1e5 else (1e3, "thousand")
     x = tokens / unit
-    panels = {key: figure.add_axes(place) for key, place in PANELS.items()}
+    has_kl = bool(np.isfinite(_column(steps, "indexer_kl")).any())
+    places = PANELS | INDEXER_PANELS if has_kl else PANELS
+    panels = {key: figure.add_axes(place) for key, place in places.items()}
     bar = panels.pop("experts_bar")
     _losses(panels["loss"], x, steps, heldout, unit)
     _bits_per_byte(panels["heldout"], heldout, unit, baselines)
+    if has_kl:
+        _indexer(panels["indexer"], x, steps, dense_tokens / unit)
     _experts(panels["experts"], bar, x, steps)
     _rate(panels["rate"], x, steps)
     _speed(panels["speed"], x, steps)
@@ -205,6 +218,24 @@ def _baseline_lines(axes: Axes, baselines: dict[str, float], reached: float) -> 
             0.985 if value > reached else 0.015, place, f"{name}  {value:.3f}", va="bottom",
             ha="right" if value > reached else "left", transform=axes.get_yaxis_transform(), fontsize=9,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.75}, zorder=4,
+        )  # fmt: skip
+
+
+def _indexer(axes: Axes, x: np.ndarray, steps: list[dict], sparse_from: float) -> None:
+    """Two quantities where attention was dense at first: over all keys, then over the selected ones."""
+    axes.set_title("Indexer KL, nats", loc="left")
+    kl = _column(steps, "indexer_kl")
+    # The mean of a window must not reach over the switch from one to the other.
+    smooth = np.concatenate([_smooth(part) for part in (kl[x <= sparse_from], kl[x > sparse_from])])
+    axes.plot(x, kl, color=MAIN, alpha=0.25, linewidth=0.8)
+    axes.plot(x, smooth, color=MAIN, linewidth=1.8)
+    axes.set_title(f"{smooth[-1]:.3f}", loc="right", color=MAIN)
+    axes.set_ylim(0, float(np.nanquantile(kl, 0.99)) * 1.1 or 1)
+    if 0 < sparse_from < x[-1]:
+        axes.axvline(sparse_from, color=INK, linewidth=1, linestyle=(0, (1, 1.5)), alpha=0.7)
+        axes.text(
+            sparse_from + 0.02 * x[-1], 0.96, "over the selected keys", transform=axes.get_xaxis_transform(),
+            va="top", fontsize=9,
         )  # fmt: skip
 
 

@@ -53,6 +53,8 @@ class RunProgress:
         words = [f"loss {record['loss']:.3f}"]
         if record["mtp_loss"] is not None:
             words.append(f"mtp {record['mtp_loss']:.3f}")
+        if record["indexer_kl"] is not None:
+            words.append(f"indexer kl {record['indexer_kl']:.3f}")
         words.append(f"{record['tokens_per_s']:,.0f} tokens/s")
         if vio:
             words.append(f"max load {1 + max(vio):.2f}x mean")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from glmx.errors import CheckpointError, ConfigError
@@ -17,7 +18,7 @@ from glmx.train import checkpoint
 from glmx.train.balance import router_biases
 from glmx.train.config import PretrainConfig, as_dict, fingerprint, refuse_changed
 from glmx.train.loss import heldout_nats
-from glmx.train.optim import AdamW
+from glmx.train.optim import AdamW, part_of
 
 if TYPE_CHECKING:
     from glmx.data.packing import PackedBatch
@@ -43,6 +44,12 @@ class Run:
         self.saved: Path | None = None
         self.lock = -1
         self.with_mtp = config.mtp_loss_weight > 0 and model.config.num_nextn_predict_layers > 0
+        self.kl_weight = _kl_weight(config, model)
+        # Of indexers that are trained alone no other loss has a gradient.
+        self.aux_weight = 0.0 if config.indexer.only else config.balance.aux_weight
+        for name, parameter in model.named_parameters():
+            trained = self.kl_weight > 0 if part_of(name) == "indexer" else not config.indexer.only
+            parameter.requires_grad_(trained)
         optim = config.optim
         self.optim = AdamW(
             model.named_parameters(),
@@ -53,7 +60,8 @@ class Run:
         )
         self.biases = router_biases(model)
         model.train()
-        model.collect_scores = config.balance.aux_weight > 0
+        model.collect_scores = self.aux_weight > 0
+        model.collect_kl = self.kl_weight > 0
 
     @classmethod
     def start(cls, config: PretrainConfig) -> Run:
@@ -265,6 +273,19 @@ def build_model(path: Path, dtype: torch.dtype, seed: int) -> Decoder:
     model = Decoder(config, dtype, "cpu")
     model.init_weights(seed)
     return model
+
+
+def _kl_weight(config: PretrainConfig, model: Decoder) -> float:
+    """Of the indexers' loss; 0 trains none. Raises ConfigError for keys of [indexer] where the model has none."""
+    given = {key: value for key, value in msgspec.to_builtins(config.indexer).items() if value is not None}
+    if model.config.model_type == "glm_moe_dsa":
+        return given.get("weight", 1.0)
+    for key, value in given.items():
+        raise ConfigError(
+            f"indexer.{key} is {value}, but the {model.config.model_type} of {config.model} has no indexers: "
+            "leave it out"
+        )
+    return 0.0
 
 
 def _tokenizer_dir(config: PretrainConfig) -> Path | None:
