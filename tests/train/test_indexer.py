@@ -1,4 +1,4 @@
-"""Training indexers: their loss, its gradient and what it must not touch, the dense warm-up, resuming across its end."""
+"""Training indexers: their loss, what it must not touch, the dense warm-up, resuming across its end."""
 
 import json
 from pathlib import Path

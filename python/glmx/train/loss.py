@@ -123,7 +123,7 @@ def forward_backward(
         grads.append(mask_T * (kl_weight / count))
 
     trained = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-    torch.autograd.backward(*map(list, zip(*trained, strict=True)))
+    torch.autograd.backward([output for output, _ in trained], [grad for _, grad in trained])
 
 
 @torch.no_grad()
