@@ -1,4 +1,4 @@
-"""The three examples run as a user runs them, from the root of the clone."""
+"""The examples run as a user runs them, from the root of the clone."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def test_moe_block_learns_and_keeps_its_promises():
     busiest = [float(ratio) for ratio in re.findall(r"busiest expert ([\d.]+)", out)]
     assert busiest[-1] < 1.5, out
     assert out.count("True") == 2 and "False" not in out, out
+
+
+def test_a_needle_is_found_by_a_trained_indexer_alone():
+    """Chance is 1/8, and a fresh indexer lists the needle in one of 16 cases. At 128 questions the standard deviation
+    of either is below 4 %, so 35 % is over 4 of them away.
+    """
+    out = example("needle")
+    found = {who: float(share) for who, share in re.findall(r"^(\w.*?)\s+([\d.]+)% of needles", out, re.MULTILINE)}
+    assert len(found) == 3 and found["the trained indexer"] >= 95, out
+    assert max(share for who, share in found.items() if who != "the trained indexer") <= 35, out
 
 
 def test_pretrain_from_toml_leaves_a_checkpoint(run):
