@@ -5,8 +5,8 @@
 Two things are measured, for a decode step and for the last 512 tokens of a prompt. "core": selection and attention from
 given queries and cache, beside torch (index scores by a product, topk, SDPA under the mask that it makes; all heads of
 a token as rows of one latent head, which is torch's strong form). "layer": the whole attention layer, projections
-included, beside transformers' own at 4,096 keys (it expands every cached key for every head; its rows further out say
-what that takes). The floor of a decode step's bytes is the index keys and the gathered latents, and for the layer its
+included, beside transformers' own (prefill at 4,096 keys, decode up to 32,768: it expands every cached key for every
+head). The floor of a decode step's bytes is the index keys and the gathered latents, and for the layer its
 weights; the ceilings are measured in the same test.
 """
 
@@ -120,7 +120,7 @@ def measure(
     )
 
 
-CASES = [(1, 4096, 5), (1, 32768, 5), (1, 131072, 3), (512, 4096, 1), (512, 32768, 1), (512, 131072, 1)]
+CASES = [(1, 4096, 5), (1, 32768, 3), (1, 131072, 3), (512, 4096, 1), (512, 32768, 1), (512, 131072, 1)]
 
 
 def sizes(benchmark, tokens: int, keys: int) -> tuple[int, int]:
@@ -167,8 +167,7 @@ def test_core(benchmark, record_row, world, tokens: int, keys: int, rounds: int)
 
     # fp32 index products of all heads; the mask as SDPA holds it, one row per token and head.
     needed = 4 * tokens * (Hi + 1) * keys + 2 * tokens * A * keys
-    long_prefill = tokens > 1 and keys > 32768
-    unfit = {"torch": needed} if needed > harness.PEER_BYTES or long_prefill else {}
+    unfit = {"torch": needed} if needed > harness.PEER_BYTES else {}
     if not unfit:
         expected, got = peer().float(), ours().float()
         # A few selections are decided by the last bit: most rows must agree, and no row may be far away.
@@ -199,11 +198,9 @@ def test_layer(benchmark, record_row, world, tokens: int, keys: int, rounds: int
     def ours() -> torch.Tensor:
         return layer.forward_selected(x, cos_sin, batch, state.layers[0], None)[0]
 
-    # transformers: keys and values of every head from every cached latent, in bf16, and the mask of its attention.
-    needed = 2 * keys * A * (2 * config.qk_head_dim + config.v_head_dim) + 4 * tokens * keys * config.index_n_heads
-    unfit = {"transformers": needed} if needed > harness.PEER_BYTES or keys > 4096 else {}
+    # transformers expands keys and values of every head from every cached latent: at 131,072 keys that takes minutes.
     peers: dict[str, Callable] = {}
-    if not unfit:
+    if keys <= 4096 or tokens == 1 and keys <= 32768:
         peers["transformers"] = twin(w, state, batch, x, cos_sin)
         expected, got = peers["transformers"]().float(), ours().float()
         assert (got - expected).norm() <= 0.25 * expected.norm(), "selections flip in bf16, but not many"
@@ -215,7 +212,7 @@ def test_layer(benchmark, record_row, world, tokens: int, keys: int, rounds: int
     flop = 2.0 * scored * config.index_n_heads * config.index_head_dim
     flop += 2.0 * listed * A * (d + c) + 2.0 * tokens * weights
     touched = 2.0 * (keys * config.index_head_dim + min(listed, keys) * d + weights)
-    measure(benchmark, record_row, f"GLM-5 DSA layer, {phase(tokens, keys)}", ours, peers, unfit, rounds, flop, touched)
+    measure(benchmark, record_row, f"GLM-5 DSA layer, {phase(tokens, keys)}", ours, peers, {}, rounds, flop, touched)
 
 
 def twin(w: SimpleNamespace, state: ModelState, batch: Batch, x: torch.Tensor, cos_sin) -> Callable:
