@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "build" / "bench" / "results.jsonl"
 PEER_BYTES = 16 << 30  # a peer that needs more is not run
@@ -35,9 +36,7 @@ class Row:
     share: float
     ratio: dict[str, float]
     flagged: list[str] = dataclasses.field(default_factory=list)
-    unfit: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # peers that were not run: the bytes they would need
+    unfit: dict[str, int] = dataclasses.field(default_factory=dict)  # peers that were not run: the bytes they need
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -52,6 +51,70 @@ def median_ratios(ours: list[float], peers: dict[str, list[float]]) -> dict[str,
         peer: statistics.median(theirs / mine for theirs, mine in zip(times, ours, strict=True))
         for peer, times in peers.items()
     }
+
+
+def compare(
+    benchmark: Any,
+    record_row: Callable[[Row], None],
+    name: str,
+    op: str,
+    ours: Callable[[], object],
+    peers: dict[str, Callable[[], object]],
+    *,
+    flop: float,
+    touched: float,
+    rounds: int,
+    variant: str = "",
+    warmup_rounds: int = 1,
+    unfit: dict[str, int] | None = None,
+    also: Callable[[float, dict[str, float]], str] | None = None,
+) -> None:
+    """Times `ours` and its peers in alternating rounds and records the row, with ceilings measured after them.
+
+    flop and touched (bytes): what a call must do. Whichever takes longer at its ceiling is what it runs against.
+    op, variant: of the kernel table. unfit: peers that were not run, with their bytes. also(seconds, ceilings): more
+    words for the row's name.
+    """
+    import pytest
+    import roofline
+    import torch
+
+    from glmx import _native
+
+    times: dict[str, list[float]] = {peer: [] for peer in peers}
+
+    def setup() -> None:
+        for peer, call in peers.items():
+            times[peer].append(timed(call))
+
+    benchmark.pedantic(ours, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
+    mine = benchmark.stats.stats.data
+    seconds, threads = sorted(mine)[len(mine) // 2], torch.get_num_threads()
+    isa = next(row["kernel"] for row in _native.kernel_table() if (row["op"], row["variant"]) == (op, variant))
+    if isa == "base":
+        pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
+    measured = roofline.ceilings(threads)
+    ceiling, bound = roofline.gemm_ceiling(measured, isa)
+    unit, work = "GFLOP/s", flop
+    if touched / measured["read"] > flop / bound:
+        unit, ceiling, bound, work = "GB/s", "read", measured["read"], touched
+    rate = work / seconds / 1e9
+    row = Row(
+        name=name + (also(seconds, measured) if also else ""),
+        machine=_native.cpu_model(),
+        kernel=isa,
+        threads=threads,
+        rounds=len(mine),
+        seconds=seconds,
+        rate=rate,
+        unit=unit,
+        ceiling=ceiling,
+        share=rate / bound,
+        ratio=median_ratios(mine, {peer: each[-len(mine) :] for peer, each in times.items()}),
+        unfit=unfit or {},
+    )
+    benchmark.extra_info.update(rate=rate, unit=unit, share=row.share, ceiling=ceiling, **row.ratio)
+    record_row(row)
 
 
 def key(row: Row) -> tuple[str, str, str, int]:

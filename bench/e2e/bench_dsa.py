@@ -17,11 +17,9 @@ from types import SimpleNamespace
 
 import harness
 import pytest
-import roofline
 import torch
 
 import glmx.ops
-from glmx import _native
 from glmx.layers.dsa import DSA
 from glmx.models.batch import Batch
 from glmx.models.config import ModelConfig
@@ -84,40 +82,13 @@ def measure(
     benchmark, record_row, name: str, ours: Callable, peers: dict[str, Callable], unfit: dict[str, int], rounds: int,
     flop: float, touched: float,
 ) -> None:  # fmt: skip
-    times: dict[str, list[float]] = {peer: [] for peer in peers}
+    def of_its_floor(seconds: float, ceilings: dict[str, float]) -> str:
+        return f"; {seconds / (touched / ceilings['read'] / 1e9):.1f}x its byte floor"
 
-    def setup() -> None:
-        for peer, call in peers.items():
-            times[peer].append(harness.timed(call))
-
-    benchmark.pedantic(ours, setup=setup, rounds=rounds)
-    mine = benchmark.stats.stats.data
-    seconds, threads = sorted(mine)[len(mine) // 2], torch.get_num_threads()
-    isa = next(row["kernel"] for row in _native.kernel_table() if row["op"] == "sparse_mla")
-    if isa == "base":
-        pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
-    measured = roofline.ceilings(threads)
-    ceiling, bound = roofline.gemm_ceiling(measured, isa)
-    unit, work = "GFLOP/s", flop
-    if touched / measured["read"] > flop / bound:
-        unit, ceiling, bound, work = "GB/s", "read", measured["read"], touched
-    rate = work / seconds / 1e9
-    record_row(
-        harness.Row(
-            name=f"{name}; {seconds / (touched / measured['read'] / 1e9):.1f}x its byte floor",
-            machine=_native.cpu_model(),
-            kernel=isa,
-            threads=threads,
-            rounds=len(mine),
-            seconds=seconds,
-            rate=rate,
-            unit=unit,
-            ceiling=ceiling,
-            share=rate / bound,
-            ratio=harness.median_ratios(mine, {peer: each[-len(mine) :] for peer, each in times.items()}),
-            unfit=unfit,
-        )
-    )
+    harness.compare(
+        benchmark, record_row, name, "sparse_mla", ours, peers, flop=flop, touched=touched, rounds=rounds,
+        warmup_rounds=0, unfit=unfit, also=of_its_floor,
+    )  # fmt: skip
 
 
 CASES = [(1, 4096, 5), (1, 32768, 3), (1, 131072, 3), (512, 4096, 1), (512, 32768, 1), (512, 131072, 1)]

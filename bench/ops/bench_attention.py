@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import harness
 import pytest
-import roofline
 import torch
 
 import glmx.ops
-from glmx import _native
 
 A, G, D = 96, 8, 128
 ROUNDS = 7
@@ -52,38 +50,14 @@ def test_decode(benchmark, record_row, keys: int, dtype: torch.dtype) -> None:
     if benchmark.disabled:
         return
 
-    times: dict[str, list[float]] = {name: [] for name in peers}
-
-    def setup() -> None:
-        for name, peer in peers.items():
-            times[name].append(harness.timed(peer))
-
-    benchmark.pedantic(ours, setup=setup, rounds=ROUNDS, warmup_rounds=1)
-    mine = benchmark.stats.stats.data
-    seconds = sorted(mine)[len(mine) // 2]
-    threads = torch.get_num_threads()
-    measured = roofline.ceilings(threads)
-    isa = next(row["kernel"] for row in _native.kernel_table() if row["op"] == "attention")
-    if isa == "base":
-        pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
-    flop, touched = 2 * A * keys * 2 * D, 2 * keys * G * D * q.element_size()
-    ceiling, bound = roofline.gemm_ceiling(measured, isa)
-    unit, work = "GFLOP/s", flop
-    if touched / measured["read"] > flop / bound:
-        unit, ceiling, bound, work = "GB/s", "read", measured["read"], touched
-    rate = work / seconds / 1e9
-    row = harness.Row(
-        name=f"attention decode {A}/{G} x {D}, {keys} keys, {'bf16' if dtype == torch.bfloat16 else 'fp32'}",
-        machine=_native.cpu_model(),
-        kernel=isa,
-        threads=threads,
-        rounds=len(mine),
-        seconds=seconds,
-        rate=rate,
-        unit=unit,
-        ceiling=ceiling,
-        share=rate / bound,
-        ratio=harness.median_ratios(mine, {name: each[-len(mine) :] for name, each in times.items()}),
+    harness.compare(
+        benchmark,
+        record_row,
+        f"attention decode {A}/{G} x {D}, {keys} keys, {'bf16' if dtype == torch.bfloat16 else 'fp32'}",
+        "attention",
+        ours,
+        peers,
+        flop=2 * A * keys * 2 * D,
+        touched=2 * keys * G * D * q.element_size(),
+        rounds=ROUNDS,
     )
-    benchmark.extra_info.update(rate=rate, unit=unit, share=row.share, ceiling=ceiling, **row.ratio)
-    record_row(row)

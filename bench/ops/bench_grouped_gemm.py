@@ -17,11 +17,9 @@ from collections.abc import Callable
 
 import harness
 import pytest
-import roofline
 import torch
 
 import glmx.ops
-from glmx import _native
 
 EXPERTS = 8
 # name -> hidden, width, experts per token. GLM-4.5-Air has 128 experts, GLM-4.7-Flash 64.
@@ -55,40 +53,18 @@ def measure(
 
     if benchmark.disabled:
         return
-    peer_times: list[float] = []
-    benchmark.pedantic(ours, setup=lambda: peer_times.append(harness.timed(peer)), rounds=ROUNDS, warmup_rounds=1)
-    times = benchmark.stats.stats.data
-    seconds = sorted(times)[len(times) // 2]
-
-    threads = torch.get_num_threads()
-    measured = roofline.ceilings(threads)
-    isa = next(
-        row["kernel"] for row in _native.kernel_table() if (row["op"], row["variant"]) == ("grouped_gemm", variant)
+    harness.compare(
+        benchmark,
+        record_row,
+        name,
+        "grouped_gemm",
+        ours,
+        {peer_name: peer},
+        flop=flop,
+        touched=touched,
+        rounds=ROUNDS,
+        variant=variant,
     )
-    if isa == "base":
-        pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
-    compute = roofline.gemm_ceiling(measured, isa)
-    # Whichever bound takes longer is the one that this shape runs against.
-    if touched / measured["read"] > flop / compute[1]:
-        unit, ceiling, bound, work = "GB/s", "read", measured["read"], touched
-    else:
-        unit, ceiling, bound, work = "GFLOP/s", compute[0], compute[1], flop
-    rate = work / seconds / 1e9
-    row = harness.Row(
-        name=name,
-        machine=_native.cpu_model(),
-        kernel=isa,
-        threads=threads,
-        rounds=len(times),
-        seconds=seconds,
-        rate=rate,
-        unit=unit,
-        ceiling=ceiling,
-        share=rate / bound,
-        ratio=harness.median_ratios(times, {peer_name: peer_times[-len(times) :]}),
-    )
-    benchmark.extra_info.update(rate=rate, unit=unit, share=row.share, ceiling=ceiling, **row.ratio)
-    record_row(row)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

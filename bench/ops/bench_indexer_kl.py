@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import harness
 import pytest
-import roofline
 import torch
 
 import glmx.ops
-from glmx import _native
 
 T, LENGTH, A, DK, HI, DI = 2048, 512, 8, 96, 8, 32
 ROUNDS = 7
@@ -102,33 +100,14 @@ def test_training_step(benchmark, record_row, dtype: torch.dtype, top_k: int | N
     if benchmark.disabled:
         return
 
-    times: dict[str, list[float]] = {name: [] for name in peers}
-
-    def setup() -> None:
-        for name, peer in peers.items():
-            times[name].append(harness.timed(peer))
-
-    benchmark.pedantic(mine, setup=setup, rounds=ROUNDS, warmup_rounds=1)
-    data = benchmark.stats.stats.data
-    seconds, threads = sorted(data)[len(data) // 2], torch.get_num_threads()
-    isa = next(row["kernel"] for row in _native.kernel_table() if row["op"] == "indexer_kl")
-    if isa == "base":
-        pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
-    flop = int(listed_Tk.sum()) * 2 * (2 * A * DK + 4 * HI * DI)
-    rate = flop / seconds / 1e9
-    ceiling, bound = roofline.gemm_ceiling(roofline.ceilings(threads), isa)
-    row = harness.Row(
-        name=f"indexer_kl step {T} of {LENGTH}, {top_k or 'all'} keys, {'bf16' if dtype == torch.bfloat16 else 'fp32'}",
-        machine=_native.cpu_model(),
-        kernel=isa,
-        threads=threads,
-        rounds=len(data),
-        seconds=seconds,
-        rate=rate,
-        unit="GFLOP/s",
-        ceiling=ceiling,
-        share=rate / bound,
-        ratio=harness.median_ratios(data, {name: each[-len(data) :] for name, each in times.items()}),
+    harness.compare(
+        benchmark,
+        record_row,
+        f"indexer_kl step {T} of {LENGTH}, {top_k or 'all'} keys, {'bf16' if dtype == torch.bfloat16 else 'fp32'}",
+        "indexer_kl",
+        mine,
+        peers,
+        flop=int(listed_Tk.sum()) * 2 * (2 * A * DK + 4 * HI * DI),
+        touched=0,
+        rounds=ROUNDS,
     )
-    benchmark.extra_info.update(rate=rate, unit=row.unit, share=row.share, ceiling=ceiling, **row.ratio)
-    record_row(row)

@@ -11,13 +11,13 @@ keys: the others need no scores. The ceilings are measured in the same test (ben
 
 from __future__ import annotations
 
+import functools
+
 import harness
 import pytest
-import roofline
 import torch
 
 import glmx.ops
-from glmx import _native
 from glmx.reference.indexer_topk import index_scores
 
 HEADS, WIDTH, TOP_K = 32, 128, 2048
@@ -61,42 +61,20 @@ def measure(benchmark, record_row, name: str, T: int, keys: int, rounds: int, pe
 
     needed = {name: T * (Hi + 1) * keys * PEERS[name].itemsize for name in peers}
     unfit = {name: size for name, size in needed.items() if size > harness.PEER_BYTES}
-    times: dict[str, list[float]] = {name: [] for name in peers if name not in unfit}
-
-    def setup() -> None:
-        for name, each in times.items():
-            each.append(harness.timed(lambda name=name: peer(PEERS[name])))
-
-    benchmark.pedantic(ours, setup=setup, rounds=rounds)
-    mine = benchmark.stats.stats.data
-    seconds, threads = sorted(mine)[len(mine) // 2], torch.get_num_threads()
-    measured = roofline.ceilings(threads)
-    isa = next(row["kernel"] for row in _native.kernel_table() if row["op"] == "indexer_topk")
-    if isa == "base":
-        pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
     scored = sum(n for n in range(keys - T + 1, keys + 1) if n > top_k)
-    flop, touched = 2 * scored * Hi * Di, keys * Di * k.element_size()
-    ceiling, bound = roofline.gemm_ceiling(measured, isa)
-    unit, work = "GFLOP/s", flop
-    if touched / measured["read"] > flop / bound:
-        unit, ceiling, bound, work = "GB/s", "read", measured["read"], touched
-    rate = work / seconds / 1e9
-    row = harness.Row(
-        name=f"indexer_topk {name}, {Hi} x {Di}, top-{top_k}, bf16",
-        machine=_native.cpu_model(),
-        kernel=isa,
-        threads=threads,
-        rounds=len(mine),
-        seconds=seconds,
-        rate=rate,
-        unit=unit,
-        ceiling=ceiling,
-        share=rate / bound,
-        ratio=harness.median_ratios(mine, {name: each[-len(mine) :] for name, each in times.items()}),
+    harness.compare(
+        benchmark,
+        record_row,
+        f"indexer_topk {name}, {Hi} x {Di}, top-{top_k}, bf16",
+        "indexer_topk",
+        ours,
+        {name: functools.partial(peer, PEERS[name]) for name in peers if name not in unfit},
+        flop=2 * scored * Hi * Di,
+        touched=keys * Di * k.element_size(),
+        rounds=rounds,
+        warmup_rounds=0,
         unfit=unfit,
     )
-    benchmark.extra_info.update(rate=rate, unit=unit, share=row.share, ceiling=ceiling, **row.ratio)
-    record_row(row)
 
 
 @pytest.mark.parametrize(
