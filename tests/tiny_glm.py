@@ -112,6 +112,24 @@ def hf_twin(model: Decoder) -> Any:
     return twin.eval()
 
 
+def index_scores(
+    indexer: Any, x: torch.Tensor, latent: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """What a twin's indexer scores keys by, [B, T, T], from its weights and the arguments of its forward."""
+    half = indexer.qk_rope_head_dim // 2
+    cos, sin = (part[..., None, :half] for part in cos_sin)
+
+    def rotated(rows: torch.Tensor) -> torch.Tensor:
+        even, odd = rows[..., : 2 * half : 2], rows[..., 1 : 2 * half : 2]
+        return torch.cat([even * cos - odd * sin, odd * cos + even * sin, rows[..., 2 * half :]], -1)
+
+    q = rotated(indexer.wq_b(latent).unflatten(-1, (indexer.n_heads, -1)))
+    key = rotated(indexer.k_norm(indexer.wk(x))[:, :, None])[:, :, 0]
+    products = torch.einsum("bthd,bsd->bths", q, key).relu()
+    scores = torch.einsum("bths,bth->bts", products, indexer.weights_proj(x))
+    return scores * (indexer.n_heads * indexer.head_dim) ** -0.5
+
+
 class Choices(NamedTuple):
     """What a twin selected: expert ids [B*T, K] per MoE layer, keys [B, T, k] per indexer; the smallest margins."""
 
@@ -144,19 +162,8 @@ def hf_choices(twin: Any, ids: torch.Tensor) -> Choices:
         routes.append(topk_ids)
 
     def record_keys(indexer: Any, args: Any, output: torch.Tensor) -> None:
-        x, latent, (cos, sin) = args[:3]
-        T, k, half = x.shape[1], indexer.index_topk, indexer.qk_rope_head_dim // 2
-        cos, sin = cos[..., None, :half], sin[..., None, :half]
-
-        def rotated(rows: torch.Tensor) -> torch.Tensor:
-            even, odd = rows[..., : 2 * half : 2], rows[..., 1 : 2 * half : 2]
-            return torch.cat([even * cos - odd * sin, odd * cos + even * sin, rows[..., 2 * half :]], -1)
-
-        q = rotated(indexer.wq_b(latent).unflatten(-1, (indexer.n_heads, -1)))
-        key = rotated(indexer.k_norm(indexer.wk(x))[:, :, None])[:, :, 0]
-        products = torch.einsum("bthd,bsd->bths", q, key).relu()
-        scores = torch.einsum("bths,bth->bts", products, indexer.weights_proj(x))
-        scores = scores * (indexer.n_heads * indexer.head_dim) ** -0.5
+        T, k = output.shape[1], indexer.index_topk
+        scores = index_scores(indexer, *args[:3])
         for t in range(k, T):
             ordered = scores[:, t, : t + 1].sort(descending=True).values
             key_margins.append((ordered[:, k - 1] - ordered[:, k]).min())
