@@ -185,12 +185,9 @@ def test_any_chunking_of_the_mtp_layer(model, n, seed):
             if draw.random() < 0.3:
                 kept = draw.randrange(begin, end + 1)
                 state.truncate(0, kept + 1)
-                model.forward_tokens(
-                    ids[kept + 1 :],
-                    torch.arange(kept + 1, n + 1),
-                    Batch([0, n - kept], [n + 1], [0]),
-                    state,
-                ) if kept < n else None
+                if kept < n:
+                    again = Batch([0, n - kept], [n + 1], [0])
+                    model.forward_tokens(ids[kept + 1 :], torch.arange(kept + 1, n + 1), again, state)
                 del rows[kept:]
     assert torch.equal(torch.stack(rows), expected)
 

@@ -32,6 +32,8 @@ def test_activations_grow_with_the_chunk_and_not_with_the_context():
     assert sizes[0] < sizes[1] < sizes[2] and sizes[2] - sizes[1] == sizes[1] - sizes[0]
     short, long = (memory_plan(config, torch.float32, tokens, chunk=1000) for tokens in (10**4, 10**6))
     assert short.activations == long.activations and short.cache < long.cache
+    one, five = (memory_plan(config, torch.float32, 1000, sequences=n, chunk=10) for n in (1, 5))
+    assert five.activations - one.activations >= 4 * 4 * config.vocab_size, "fp32 logits of each sequence"
 
 
 def test_bad_numbers():

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from glmx.serve.llm import LLM
     from glmx.train.config import PretrainConfig
 
-TOKENS = 600_000  # the full demo's budget; gzip's bits per byte are passed at about half of it
+TOKENS = 600_000  # the full demo's budget; gzip's bits per byte are passed at about two thirds of it
 # Ten times GLM-4.5's rate: its run has ten thousand times the steps in which to balance the experts.
 BALANCE_RATE = 1e-2
 COMPLETIONS, COMPLETION_TOKENS = 20, 64

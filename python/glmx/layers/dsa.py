@@ -87,10 +87,10 @@ class DSA(MLA):
         self.top_k = config.index_topk
         self.indexer = Indexer(config, dtype, device) if config.has_indexer(layer) else None
         self.index_dim = config.index_head_dim
-        mtp = layer == config.num_hidden_layers
-        # Draft steps behind the first one may be given its list, which must then exist for the shortest context.
-        self.takes_list = mtp or self.indexer is None
-        self.always_lists = mtp and config.index_share_for_mtp_iteration
+        # An MTP layer selects too, but a draft step behind the first one may be given that one's list, which must then
+        # exist for the shortest context. In the trunk, what a layer with an indexer is given was for the layers before.
+        self.takes_given = layer == config.num_hidden_layers
+        self.always_lists = self.takes_given and config.index_share_for_mtp_iteration
         self.collect_kl = False
         self.see_all_keys = False
         self.kl: torch.Tensor | None = None
@@ -144,7 +144,6 @@ class DSA(MLA):
         given: Selection | None,
     ) -> Selection:
         """Writes this layer's index keys, then selects, or takes what is given."""
-        takes = given is not None and self.takes_list
         if self.indexer is None:
             if given is None:
                 raise ValueError("a layer without an indexer needs the selection of a layer before it")
@@ -154,8 +153,7 @@ class DSA(MLA):
             k_Ri = self.indexer.keys(x_TH, cos_sin)
             if state is not None:
                 k_Ri = state.append(index_k=k_Ri)["index_k"]
-            if takes:
-                assert given is not None
+            if given is not None and self.takes_given:
                 return given
             all_keys = self.training and self.see_all_keys or batch.max_keys <= self.top_k and not self.always_lists
             if all_keys and not train:

@@ -46,7 +46,7 @@ def memory_plan(
     return MemoryPlan(
         weights=config.num_parameters() * dtype.itemsize,
         cache=pages * PAGE * per_token,
-        activations=_activations(config, dtype.itemsize, min(chunk, tokens * sequences), tokens) + _SLACK,
+        activations=_activations(config, dtype.itemsize, min(chunk, tokens * sequences), tokens, sequences) + _SLACK,
         cache_per_token=per_token,
     )
 
@@ -63,11 +63,11 @@ def _layers(config: ModelConfig) -> int:
     return config.num_hidden_layers + config.num_nextn_predict_layers
 
 
-def _activations(config: ModelConfig, size: int, chunk: int, tokens: int) -> int:
+def _activations(config: ModelConfig, size: int, chunk: int, tokens: int, sequences: int) -> int:
     H = config.hidden_size
     stream = (4 * H * size) + 2 * 4 * config.rotary_dim + 16  # residual, layer in and out; angles; ids and positions
     widest = max(_attention(config, size, tokens), _moe(config, size), 3 * config.intermediate_size * size)
-    return chunk * (stream + widest) + 2 * 4 * config.vocab_size
+    return chunk * (stream + widest) + sequences * 2 * 4 * config.vocab_size  # logits, and what a sampler makes of them
 
 
 def _attention(config: ModelConfig, size: int, tokens: int) -> int:

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -202,7 +203,7 @@ class Engine:
         starts = [self.state.lengths[slot] for slot in slots]
         new = [request.tokens_from(start) for request, start in zip(running, starts, strict=True)]
         hidden_TH = self._append_tokens(slots, new)
-        ends = Batch.from_lengths([len(ids) for ids in new]).cu_seqlens_q[1:]
+        ends = list(accumulate(map(len, new)))
         return hidden_TH[torch.tensor(ends, device=self.model.device) - 1]
 
     def _append_tokens(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> torch.Tensor:
