@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/features.h"
+#include "glmx/dtype.h"
 
 namespace glmx {
 
@@ -14,11 +15,14 @@ struct Kernel {
   Fn* fn;
 };
 
+// AMX tiles multiply bf16 alone: with fp32 operands its kernels are passed over. The bits are the same either way.
+inline bool takes(Isa kernel, DType operands) { return kernel != Isa::amx || operands == DType::bf16; }
+
 template <class Fn, size_t n>
-const Kernel<Fn>& select(const Kernel<Fn> (&table)[n]) {
+const Kernel<Fn>& select(const Kernel<Fn> (&table)[n], DType operands = DType::bf16) {
   const Isa active = active_isa();
   for (const Kernel<Fn>& k : table) {
-    if (k.needs <= active) return k;
+    if (k.needs <= active && takes(k.needs, operands)) return k;
   }
   return table[n - 1];
 }
@@ -35,6 +39,16 @@ template <class Fn, size_t n>
 OpInfo op_info(const char* op, const char* variant, int revision, const Kernel<Fn> (&table)[n]) {
   OpInfo info{op, variant, revision, {}};
   for (const Kernel<Fn>& k : table) info.kernels.push_back(k.needs);
+  return info;
+}
+
+// Of an op whose choice depends on the dtype of its operands.
+template <class Fn, size_t n>
+OpInfo op_info(const char* op, int revision, const Kernel<Fn> (&table)[n], DType operands) {
+  OpInfo info{op, operands == DType::bf16 ? "bf16" : "fp32", revision, {}};
+  for (const Kernel<Fn>& k : table) {
+    if (takes(k.needs, operands)) info.kernels.push_back(k.needs);
+  }
   return info;
 }
 

@@ -9,10 +9,14 @@ namespace glmx {
 namespace {
 using Forward = void(const AttentionParams&);
 using Backward = void(const AttentionBackwardParams&);
-constexpr Kernel<Forward> kForward[] = {
-    {Isa::avx512, cpu::avx512::attention}, {Isa::avx2, cpu::avx2::attention}, {Isa::base, cpu::base::attention}};
-constexpr Kernel<Backward> kBackward[] = {
-    {Isa::avx512, cpu::avx512::attention_backward}, {Isa::avx2, cpu::avx2::attention_backward}, {Isa::base, cpu::base::attention_backward}};
+constexpr Kernel<Forward> kForward[] = {{Isa::amx, cpu::amx::attention},
+                                        {Isa::avx512, cpu::avx512::attention},
+                                        {Isa::avx2, cpu::avx2::attention},
+                                        {Isa::base, cpu::base::attention}};
+constexpr Kernel<Backward> kBackward[] = {{Isa::amx, cpu::amx::attention_backward},
+                                          {Isa::avx512, cpu::avx512::attention_backward},
+                                          {Isa::avx2, cpu::avx2::attention_backward},
+                                          {Isa::base, cpu::base::attention_backward}};
 
 template <class Params>
 void check(const char* op, const Params& p) {
@@ -25,17 +29,17 @@ void check(const char* op, const Params& p) {
 }
 }  // namespace
 
-OpInfo attention_info() { return op_info("attention", "", kAttentionRevision, kForward); }
+OpInfo attention_info(DType operands) { return op_info("attention", kAttentionRevision, kForward, operands); }
 
 void attention(const AttentionParams& p) {
   check("attention", p);
-  select(kForward).fn(p);
+  select(kForward, p.dtype).fn(p);
 }
 
 void attention_backward(const AttentionBackwardParams& p) {
   check("attention_backward", p);
   GLMX_CHECK(p.sequences.cu_seqlens_k != nullptr, "attention_backward: expected cu_seqlens_k: paged keys have no gradient");
-  select(kBackward).fn(p);
+  select(kBackward, p.dtype).fn(p);
 }
 
 }  // namespace glmx

@@ -11,25 +11,18 @@ using Forward = void(const GroupedGemmParams&);
 using Dgrad = void(const GroupedGemmDgradParams&);
 using Wgrad = void(const GroupedGemmWgradParams&);
 using BiasGrad = void(const GroupedGemmBiasGradParams&);
-// AMX multiplies bf16; fp32 operands run on the best vector ISA. The bits are the same either way.
-constexpr Kernel<Forward> kForwardBf16[] = {{Isa::amx, cpu::amx::grouped_gemm},
-                                            {Isa::avx512, cpu::avx512::grouped_gemm},
-                                            {Isa::avx2, cpu::avx2::grouped_gemm},
-                                            {Isa::base, cpu::base::grouped_gemm}};
-constexpr Kernel<Forward> kForwardFp32[] = {
-    {Isa::avx512, cpu::avx512::grouped_gemm}, {Isa::avx2, cpu::avx2::grouped_gemm}, {Isa::base, cpu::base::grouped_gemm}};
-constexpr Kernel<Dgrad> kDgradBf16[] = {{Isa::amx, cpu::amx::grouped_gemm_dgrad},
-                                        {Isa::avx512, cpu::avx512::grouped_gemm_dgrad},
-                                        {Isa::avx2, cpu::avx2::grouped_gemm_dgrad},
-                                        {Isa::base, cpu::base::grouped_gemm_dgrad}};
-constexpr Kernel<Dgrad> kDgradFp32[] = {
-    {Isa::avx512, cpu::avx512::grouped_gemm_dgrad}, {Isa::avx2, cpu::avx2::grouped_gemm_dgrad}, {Isa::base, cpu::base::grouped_gemm_dgrad}};
-constexpr Kernel<Wgrad> kWgradBf16[] = {{Isa::amx, cpu::amx::grouped_gemm_wgrad},
-                                        {Isa::avx512, cpu::avx512::grouped_gemm_wgrad},
-                                        {Isa::avx2, cpu::avx2::grouped_gemm_wgrad},
-                                        {Isa::base, cpu::base::grouped_gemm_wgrad}};
-constexpr Kernel<Wgrad> kWgradFp32[] = {
-    {Isa::avx512, cpu::avx512::grouped_gemm_wgrad}, {Isa::avx2, cpu::avx2::grouped_gemm_wgrad}, {Isa::base, cpu::base::grouped_gemm_wgrad}};
+constexpr Kernel<Forward> kForward[] = {{Isa::amx, cpu::amx::grouped_gemm},
+                                        {Isa::avx512, cpu::avx512::grouped_gemm},
+                                        {Isa::avx2, cpu::avx2::grouped_gemm},
+                                        {Isa::base, cpu::base::grouped_gemm}};
+constexpr Kernel<Dgrad> kDgrad[] = {{Isa::amx, cpu::amx::grouped_gemm_dgrad},
+                                    {Isa::avx512, cpu::avx512::grouped_gemm_dgrad},
+                                    {Isa::avx2, cpu::avx2::grouped_gemm_dgrad},
+                                    {Isa::base, cpu::base::grouped_gemm_dgrad}};
+constexpr Kernel<Wgrad> kWgrad[] = {{Isa::amx, cpu::amx::grouped_gemm_wgrad},
+                                    {Isa::avx512, cpu::avx512::grouped_gemm_wgrad},
+                                    {Isa::avx2, cpu::avx2::grouped_gemm_wgrad},
+                                    {Isa::base, cpu::base::grouped_gemm_wgrad}};
 constexpr Kernel<BiasGrad> kBiasGrad[] = {{Isa::avx512, cpu::avx512::grouped_gemm_bias_grad},
                                           {Isa::avx2, cpu::avx2::grouped_gemm_bias_grad},
                                           {Isa::base, cpu::base::grouped_gemm_bias_grad}};
@@ -65,8 +58,7 @@ void check_rows(const char* op, const int32_t* row_token, int64_t used, int64_t 
 
 }  // namespace
 
-OpInfo grouped_gemm_bf16_info() { return op_info("grouped_gemm", "bf16", kGroupedGemmRevision, kForwardBf16); }
-OpInfo grouped_gemm_fp32_info() { return op_info("grouped_gemm", "fp32", kGroupedGemmRevision, kForwardFp32); }
+OpInfo grouped_gemm_info(DType operands) { return op_info("grouped_gemm", kGroupedGemmRevision, kForward, operands); }
 
 void grouped_gemm(const GroupedGemmParams& p) {
   const char* op = "grouped_gemm";
@@ -76,7 +68,7 @@ void grouped_gemm(const GroupedGemmParams& p) {
   GLMX_CHECK(p.silu_mul || p.preact == nullptr, op, ": expected no preact without silu_mul");
   check_offsets(op, p.expert_offsets, p.E, p.R);
   check_rows(op, p.row_token, p.expert_offsets[p.E], p.R, p.M);
-  (p.dtype == DType::bf16 ? select(kForwardBf16) : select(kForwardFp32)).fn(p);
+  select(kForward, p.dtype).fn(p);
 }
 
 void grouped_gemm_dgrad(const GroupedGemmDgradParams& p) {
@@ -84,7 +76,7 @@ void grouped_gemm_dgrad(const GroupedGemmDgradParams& p) {
   check_sizes(op, p.E, p.N, p.K);
   check_dtypes(op, p.dtype, p.out_dtype);
   check_offsets(op, p.expert_offsets, p.E, p.R);
-  (p.dtype == DType::bf16 ? select(kDgradBf16) : select(kDgradFp32)).fn(p);
+  select(kDgrad, p.dtype).fn(p);
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgradParams& p) {
@@ -94,7 +86,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradParams& p) {
   GLMX_CHECK(!p.accumulate || p.out_dtype == DType::f32, op, ": expected an fp32 out to accumulate into: got ", dtype_name(p.out_dtype));
   check_offsets(op, p.expert_offsets, p.E, p.R);
   check_rows(op, p.row_token, p.expert_offsets[p.E], p.R, p.M);
-  (p.dtype == DType::bf16 ? select(kWgradBf16) : select(kWgradFp32)).fn(p);
+  select(kWgrad, p.dtype).fn(p);
 }
 
 void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p) {

@@ -8,10 +8,14 @@ namespace glmx {
 namespace {
 using Forward = void(const HeadGemmParams&);
 using Wgrad = void(const HeadGemmWgradParams&);
-constexpr Kernel<Forward> kForward[] = {
-    {Isa::avx512, cpu::avx512::head_gemm}, {Isa::avx2, cpu::avx2::head_gemm}, {Isa::base, cpu::base::head_gemm}};
-constexpr Kernel<Wgrad> kWgrad[] = {
-    {Isa::avx512, cpu::avx512::head_gemm_wgrad}, {Isa::avx2, cpu::avx2::head_gemm_wgrad}, {Isa::base, cpu::base::head_gemm_wgrad}};
+constexpr Kernel<Forward> kForward[] = {{Isa::amx, cpu::amx::head_gemm},
+                                        {Isa::avx512, cpu::avx512::head_gemm},
+                                        {Isa::avx2, cpu::avx2::head_gemm},
+                                        {Isa::base, cpu::base::head_gemm}};
+constexpr Kernel<Wgrad> kWgrad[] = {{Isa::amx, cpu::amx::head_gemm_wgrad},
+                                    {Isa::avx512, cpu::avx512::head_gemm_wgrad},
+                                    {Isa::avx2, cpu::avx2::head_gemm_wgrad},
+                                    {Isa::base, cpu::base::head_gemm_wgrad}};
 
 void check_sizes(const char* op, int64_t A, int64_t N, int64_t K) {
   GLMX_CHECK(A >= 1 && N >= 1 && K >= 1, op, ": expected at least one head, N >= 1 and K >= 1: got ", A, " heads, N == ", N, ", K == ", K);
@@ -34,13 +38,13 @@ void check_apart(const char* op, const char* name, int64_t rows_i, int64_t outer
 }
 }  // namespace
 
-OpInfo head_gemm_info() { return op_info("head_gemm", "", kHeadGemmRevision, kForward); }
+OpInfo head_gemm_info(DType operands) { return op_info("head_gemm", kHeadGemmRevision, kForward, operands); }
 
 void head_gemm(const HeadGemmParams& p) {
   check_sizes("head_gemm", p.A, p.N, p.K);
   check_dtypes("head_gemm", p.dtype, p.out_dtype);
   check_apart("head_gemm", "y", p.T, p.y_token, p.A, p.y_head, p.N);
-  select(kForward).fn(p);
+  select(kForward, p.dtype).fn(p);
 }
 
 void head_gemm_wgrad(const HeadGemmWgradParams& p) {
@@ -49,7 +53,7 @@ void head_gemm_wgrad(const HeadGemmWgradParams& p) {
   check_dtypes(op, p.dtype, p.out_dtype);
   GLMX_CHECK(!p.accumulate || p.out_dtype == DType::f32, op, ": expected an fp32 dw to accumulate into: got ", dtype_name(p.out_dtype));
   check_apart(op, "dw", p.A, p.dw_head, p.N, p.dw_row, p.K);
-  select(kWgrad).fn(p);
+  select(kWgrad, p.dtype).fn(p);
 }
 
 }  // namespace glmx

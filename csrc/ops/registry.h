@@ -5,13 +5,12 @@
 namespace glmx {
 OpInfo route_topk_info();
 OpInfo expert_plan_info();
-OpInfo grouped_gemm_bf16_info();
-OpInfo grouped_gemm_fp32_info();
-OpInfo head_gemm_info();
+OpInfo grouped_gemm_info(DType operands);
+OpInfo head_gemm_info(DType operands);
 OpInfo moe_combine_info();
-OpInfo attention_info();
-OpInfo indexer_topk_info();
-OpInfo sparse_mla_info();
+OpInfo attention_info(DType operands);
+OpInfo indexer_topk_info(DType operands);
+OpInfo sparse_mla_info(DType operands);
 OpInfo indexer_kl_info();
 OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();

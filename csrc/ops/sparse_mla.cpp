@@ -11,9 +11,12 @@ namespace glmx {
 namespace {
 using Forward = void(const SparseMlaParams&);
 using Backward = void(const SparseMlaBackwardParams&);
-constexpr Kernel<Forward> kForward[] = {
-    {Isa::avx512, cpu::avx512::sparse_mla}, {Isa::avx2, cpu::avx2::sparse_mla}, {Isa::base, cpu::base::sparse_mla}};
-constexpr Kernel<Backward> kBackward[] = {{Isa::avx512, cpu::avx512::sparse_mla_backward},
+constexpr Kernel<Forward> kForward[] = {{Isa::amx, cpu::amx::sparse_mla},
+                                        {Isa::avx512, cpu::avx512::sparse_mla},
+                                        {Isa::avx2, cpu::avx2::sparse_mla},
+                                        {Isa::base, cpu::base::sparse_mla}};
+constexpr Kernel<Backward> kBackward[] = {{Isa::amx, cpu::amx::sparse_mla_backward},
+                                          {Isa::avx512, cpu::avx512::sparse_mla_backward},
                                           {Isa::avx2, cpu::avx2::sparse_mla_backward},
                                           {Isa::base, cpu::base::sparse_mla_backward}};
 
@@ -27,11 +30,11 @@ void check(const char* op, const Params& p) {
 }
 }  // namespace
 
-OpInfo sparse_mla_info() { return op_info("sparse_mla", "", kSparseMlaRevision, kForward); }
+OpInfo sparse_mla_info(DType operands) { return op_info("sparse_mla", kSparseMlaRevision, kForward, operands); }
 
 void sparse_mla(const SparseMlaParams& p) {
   check("sparse_mla", p);
-  select(kForward).fn(p);
+  select(kForward, p.dtype).fn(p);
 }
 
 int64_t sparse_mla_score_tokens(const SparseMlaBackwardParams& p) {
@@ -44,7 +47,7 @@ void sparse_mla_backward(const SparseMlaBackwardParams& p) {
   check("sparse_mla_backward", p);
   GLMX_CHECK(p.sequences.cu_seqlens_k != nullptr, "sparse_mla_backward: expected cu_seqlens_k: paged keys have no gradient");
   GLMX_CHECK(p.score_tokens >= 1, "sparse_mla_backward: expected score_tokens >= 1: got ", p.score_tokens);
-  select(kBackward).fn(p);
+  select(kBackward, p.dtype).fn(p);
 }
 
 }  // namespace glmx

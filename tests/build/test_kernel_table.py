@@ -1,7 +1,7 @@
 """Which kernel each op runs under each GLMX_ISA pin: the list is written down, and the table must equal it.
 
-An op without a kernel for a pin names the one it runs. bf16 grouped_gemm has a kernel for every pin; fp32
-products have no tile instruction, so under the amx pin they name avx512.
+An op without a kernel for a pin names the one it runs. bf16 products have a kernel for every pin; fp32 ones have
+no tile instruction, so under the amx pin they name avx512.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ import pytest
 from tests.build.tree import ISAS, PACKAGE, output, stems
 
 VECTOR = ("base", "avx2", "avx512", "avx512")  # under base, avx2, avx512, amx
+TILES = ("base", "avx2", "avx512", "amx")
 EXPECTED = {
     "route_topk": VECTOR,
     "expert_plan": ("base", "base", "base", "base"),
-    "grouped_gemm bf16": ("base", "avx2", "avx512", "amx"),
+    "grouped_gemm bf16": TILES,
     "grouped_gemm fp32": VECTOR,
-    "head_gemm": VECTOR,
+    "head_gemm bf16": TILES,
+    "head_gemm fp32": VECTOR,
     "moe_combine": VECTOR,
-    "attention": VECTOR,
-    "indexer_topk": VECTOR,
-    "sparse_mla": VECTOR,
+    "attention bf16": TILES,
+    "attention fp32": VECTOR,
+    "indexer_topk bf16": TILES,
+    "indexer_topk fp32": VECTOR,
+    "sparse_mla bf16": TILES,
+    "sparse_mla fp32": VECTOR,
     "indexer_kl": VECTOR,
     "rms_norm": VECTOR,
     "add_rms_norm": VECTOR,

@@ -77,15 +77,50 @@ inline void queries_times_values(const float* p, const int32_t* seen, int64_t fr
   }
 }
 
+// How an item's products are made: by the GEMM tree in fp32 FMA. Everything else is independent of it: a kernel for another matrix unit
+// replaces this struct.
+template <class Element>
+struct FmaUnit {
+  using T = Element;
+  static constexpr int64_t kTileRows = kRows;              // query rows that are multiplied together
+  static constexpr int64_t kPanelFloats = kDepth * kCols;  // one panel serves all products of an item: it stays in L1
+  struct Session {};                                       // alive while an item runs
+
+  // Query rows of D elements, packed.
+  struct Queries {
+    int64_t D;
+    float *tiles, *panel;
+    Queries(Pieces& pieces, int64_t rows, int64_t depth, float* shared)
+        : D(depth), tiles(pieces.take(round_up(rows, kRows) * round_up(D, 32))), panel(shared) {}
+    void pack(const QueryRows& rows, const T* matrix) const { pack_query_tiles(rows, matrix, D, tiles); }
+    // out[i][key] = row i . key for rows [from, rows), `from` at the start of a tile.
+    void times_keys(int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, float* out) const {
+      queries_times_keys(tiles, from, rows, keys, stride, n, D, panel, out);
+    }
+  };
+
+  // Sums of weighted rows of D elements: acc [rows][ld].
+  struct Sums {
+    int64_t D, ld;
+    float *acc, *panel;
+    Sums(Pieces& pieces, int64_t rows, int64_t width, float* shared)
+        : D(width), ld(round_up(D, kCols)), acc(pieces.take(rows * ld)), panel(shared) {}
+    // acc[i] += p[i] @ rows of `values`, for rows [from, rows): row i takes its first seen[i] values and touches no other.
+    void add(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride, int64_t n) const {
+      queries_times_values(p, seen, from, rows, values, stride, n, D, panel, acc, ld);
+    }
+  };
+};
+
 // How many keys of a block [first, first + n) each row sees. Returns the first row that sees any, at the start of its tile.
-inline int64_t count_seen(const QueryRows& rows, int64_t first, int64_t n, int32_t* seen) {
+inline int64_t count_seen(const QueryRows& rows, int64_t first, int64_t n, int64_t tile_rows, int32_t* seen) {
   int64_t blind = 0;
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t left = rows.seen(i) - first;
     seen[i] = static_cast<int32_t>(left < 0 ? 0 : least(left, n));
     if (seen[i] == 0) blind = i + 1;
   }
-  return blind / kRows * kRows;
+  return blind / tile_rows * tile_rows;
 }
 
 // Lane i of vector `at` of a row: does the row see that key ? yes : no.
@@ -95,32 +130,31 @@ inline V16 if_seen(int32_t seen, int64_t at, V16 yes, V16 no) {
   return select_lt(load(lane), set1(static_cast<float>(seen - at)), yes, no);
 }
 
-template <class T>
+template <class Unit>
 struct ForwardPlan {
-  float *tiles, *scores, *acc, *panel;
+  float* panel;
+  typename Unit::Queries queries;
+  typename Unit::Sums sums;
+  float* scores;
   float *max, *next, *alpha, *sum, *total;  // per row
   int32_t* seen;
-  T* gathered;
-  int64_t ld;
-  ForwardPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows) : ld(round_up(shape.Dv, kCols)) {
-    const int64_t all = round_up(rows, kRows);
-    tiles = pieces.take(all * round_up(shape.Dk, 32));
-    scores = pieces.take(all * kBlockKeys);
-    acc = pieces.take(rows * ld);
-    panel = pieces.take(kDepth * kCols);
+  typename Unit::T* gathered;
+  ForwardPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows)
+      : panel(pieces.take(Unit::kPanelFloats)), queries(pieces, rows, shape.Dk, panel), sums(pieces, rows, shape.Dv, panel) {
+    scores = pieces.take(round_up(rows, Unit::kTileRows) * kBlockKeys);
     max = pieces.take(rows);
     next = pieces.take(rows);
     alpha = pieces.take(rows);
     sum = pieces.take(rows);
     total = pieces.take(rows);
     seen = reinterpret_cast<int32_t*>(pieces.take(rows));
-    gathered = reinterpret_cast<T*>(pieces.take(gathered_rows * shape.Dk));
+    gathered = reinterpret_cast<typename Unit::T*>(pieces.take(gathered_rows * shape.Dk));
   }
 };
 
 // One step of the online softmax: scores become probabilities against the new maximum; alpha is what the past is worth now.
-template <class T>
-inline void softmax_step(const ForwardPlan<T>& plan, int64_t from, int64_t rows, float scale) {
+template <class Unit>
+inline void softmax_step(const ForwardPlan<Unit>& plan, int64_t from, int64_t rows, float scale) {
   const V16 minus_inf = set1(-__builtin_inff());
   for (int64_t i = 0; i < rows; ++i) {
     plan.next[i] = plan.max[i];
@@ -151,7 +185,7 @@ inline void softmax_step(const ForwardPlan<T>& plan, int64_t from, int64_t rows,
     for (int64_t j = 0; j < kBlockKeys; j += 16) {
       const V16 p = exp16_below_88(sub(load(s + j), base));
       sum = add(sum, p);
-      store(s + j, round_to(p, static_cast<const T*>(nullptr)));
+      store(s + j, round_to(p, static_cast<const typename Unit::T*>(nullptr)));
     }
     plan.sum[i] = fold_add(sum);
   }
@@ -166,11 +200,11 @@ inline void scale_row(float* row, int64_t n, float factor) {
 
 // out[i] and lse[i] of a finished row. Adding +0 turns a sum of -0 into +0: whether a sum of zeros has a sign depends on how many zeros
 // were added.
-template <class T>
-inline void finish_row(const ForwardPlan<T>& plan, int64_t i, bool any_key, int64_t Dv, T* out, float* lse) {
+template <class Unit>
+inline void finish_row(const ForwardPlan<Unit>& plan, int64_t i, bool any_key, int64_t Dv, typename Unit::T* out, float* lse) {
   const V16 total = set1(plan.total[i]);
   for (int64_t j = 0; j < Dv; j += 16) {
-    const V16 o = any_key ? div(add(load(plan.acc + i * plan.ld + j), zero()), total) : zero();
+    const V16 o = any_key ? div(add(load(plan.sums.acc + i * plan.sums.ld + j), zero()), total) : zero();
     store_n(out + j, o, lanes(Dv - j));
   }
   if (lse == nullptr) return;
@@ -179,26 +213,27 @@ inline void finish_row(const ForwardPlan<T>& plan, int64_t i, bool any_key, int6
 }
 
 // Keys::block(b, n, gathered) gives the n keys of block b; gathered has room for kBlockKeys rows of Dk if Keys asks for it.
-template <class T, class Keys>
+template <class Unit, class Keys, class T = typename Unit::T>
 void attend(const QueryRows& rows, const Keys& keys, const AttendShape& shape, const T* q, T* out, float* lse) {
-  const auto plan = plan_in_scratch<ForwardPlan<T>>(rows.count, shape, Keys::kGathered);
+  const auto plan = plan_in_scratch<ForwardPlan<Unit>>(rows.count, shape, Keys::kGathered);
+  const auto& sums = plan.sums;
   for (int64_t i = 0; i < round_up(rows.count, 16); ++i) {
     plan.max[i] = -__builtin_inff();
     plan.next[i] = plan.alpha[i] = plan.sum[i] = plan.total[i] = 0.0f;
   }
-  std::memset(plan.acc, 0, static_cast<size_t>(rows.count * plan.ld) * 4);
-  pack_query_tiles(rows, q, shape.Dk, plan.tiles);
+  std::memset(sums.acc, 0, static_cast<size_t>(rows.count * sums.ld) * 4);
+  plan.queries.pack(rows, q);
   const int64_t all = rows.seen(rows.count - 1);
   for (int64_t first = 0; first < all; first += kBlockKeys) {
     const int64_t n = least(kBlockKeys, all - first);
     const KeyBlock<T> block = keys.block(first, n, plan.gathered);
-    const int64_t from = count_seen(rows, first, n, plan.seen);
-    queries_times_keys(plan.tiles, from, rows.count, block.k, block.k_stride, n, shape.Dk, plan.panel, plan.scores);
+    const int64_t from = count_seen(rows, first, n, Unit::kTileRows, plan.seen);
+    plan.queries.times_keys(from, rows.count, block.k, block.k_stride, n, plan.scores);
     softmax_step(plan, from, rows.count, shape.scale);
     for (int64_t i = from; i < rows.count; ++i) {
-      if (plan.alpha[i] != 1.0f) scale_row(plan.acc + i * plan.ld, plan.ld, plan.alpha[i]);
+      if (plan.alpha[i] != 1.0f) scale_row(sums.acc + i * sums.ld, sums.ld, plan.alpha[i]);
     }
-    queries_times_values(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n, shape.Dv, plan.panel, plan.acc, plan.ld);
+    sums.add(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n);
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t at = rows.at(i);
@@ -242,46 +277,49 @@ inline void store_gradient(const float* acc, int64_t D, T* out) {
   }
 }
 
-template <class T>
+template <class Unit>
 struct QueryGradientPlan {
-  float *q, *d_out, *s, *dp, *acc, *panel;
+  float* panel;
+  typename Unit::Queries q, d_out;
+  typename Unit::Sums sums;
+  float *s, *dp;
   int32_t* seen;
-  T* gathered;
-  int64_t ld;
-  QueryGradientPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows) : ld(round_up(shape.Dk, kCols)) {
-    const int64_t all = round_up(rows, kRows);
-    q = pieces.take(all * round_up(shape.Dk, 32));
-    d_out = pieces.take(all * round_up(shape.Dv, 32));
+  typename Unit::T* gathered;
+  QueryGradientPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows)
+      : panel(pieces.take(Unit::kPanelFloats)),
+        q(pieces, rows, shape.Dk, panel),
+        d_out(pieces, rows, shape.Dv, panel),
+        sums(pieces, rows, shape.Dk, panel) {
+    const int64_t all = round_up(rows, Unit::kTileRows);
     s = pieces.take(all * kBlockKeys);
     dp = pieces.take(all * kBlockKeys);
-    acc = pieces.take(rows * ld);
-    panel = pieces.take(kDepth * kCols);
     seen = reinterpret_cast<int32_t*>(pieces.take(rows));
-    gathered = reinterpret_cast<T*>(pieces.take(gathered_rows * shape.Dk));
+    gathered = reinterpret_cast<typename Unit::T*>(pieces.take(gathered_rows * shape.Dk));
   }
 };
 
 // dq of these rows: ds @ keys over the blocks in order. Sink::block(first, n, p, ds) sees each block's p and ds, [rows][kBlockKeys].
-template <class T, class Keys, class Sink>
+template <class Unit, class Keys, class Sink, class T = typename Unit::T>
 void attend_query_gradient(const QueryRows& rows, const Keys& keys, const AttendShape& shape, const AttendGradient<T>& in, T* dq,
                            const Sink& sink) {
-  const auto plan = plan_in_scratch<QueryGradientPlan<T>>(rows.count, shape, Keys::kGathered);
-  std::memset(plan.acc, 0, static_cast<size_t>(rows.count * plan.ld) * 4);
-  pack_query_tiles(rows, in.q, shape.Dk, plan.q);
-  pack_query_tiles(rows, in.d_out, shape.Dv, plan.d_out);
+  const auto plan = plan_in_scratch<QueryGradientPlan<Unit>>(rows.count, shape, Keys::kGathered);
+  const auto& sums = plan.sums;
+  std::memset(sums.acc, 0, static_cast<size_t>(rows.count * sums.ld) * 4);
+  plan.q.pack(rows, in.q);
+  plan.d_out.pack(rows, in.d_out);
   const int64_t all = rows.seen(rows.count - 1);
   for (int64_t first = 0; first < all; first += kBlockKeys) {
     const int64_t n = least(kBlockKeys, all - first);
     const KeyBlock<T> block = keys.block(first, n, plan.gathered);
-    const int64_t from = count_seen(rows, first, n, plan.seen);
-    queries_times_keys(plan.q, from, rows.count, block.k, block.k_stride, n, shape.Dk, plan.panel, plan.s);
-    queries_times_keys(plan.d_out, from, rows.count, block.v, block.v_stride, n, shape.Dv, plan.panel, plan.dp);
+    const int64_t from = count_seen(rows, first, n, Unit::kTileRows, plan.seen);
+    plan.q.times_keys(from, rows.count, block.k, block.k_stride, n, plan.s);
+    plan.d_out.times_keys(from, rows.count, block.v, block.v_stride, n, plan.dp);
     for (int64_t i = from; i < rows.count; ++i) {
       const int64_t at = rows.at(i);
       score_gradient<T>(plan.s + i * kBlockKeys, plan.dp + i * kBlockKeys, plan.seen[i], shape.scale, in.lse[at], in.delta[at]);
     }
-    queries_times_values(plan.dp, plan.seen, from, rows.count, block.k, block.k_stride, n, shape.Dk, plan.panel, plan.acc, plan.ld);
+    sums.add(plan.dp, plan.seen, from, rows.count, block.k, block.k_stride, n);
     sink.block(first, n, plan.s, plan.dp);
   }
-  for (int64_t i = 0; i < rows.count; ++i) store_gradient(plan.acc + i * plan.ld, shape.Dk, dq + rows.at(i) * shape.Dk);
+  for (int64_t i = 0; i < rows.count; ++i) store_gradient(sums.acc + i * sums.ld, shape.Dk, dq + rows.at(i) * shape.Dk);
 }

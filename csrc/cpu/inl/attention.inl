@@ -46,8 +46,9 @@ inline QueryRows rows_of(const Params& p, int64_t sequence, int64_t group) {
 }
 
 // A call and how it is cut into items. Which rows share an item changes no bits.
-template <class Params>
+template <class Unit, class Params>
 struct Call {
+  static constexpr int64_t kTileRows = Unit::kTileRows;
   const Params& p;
   int64_t block_rows, items;
   int64_t blocks(int64_t sequence) const { return (rows_of(p, sequence, 0).count + block_rows - 1) / block_rows; }
@@ -60,13 +61,13 @@ struct Call {
     return pairs * p.A * (p.Dk + p.Dv) * products / 50;
   }
   explicit Call(const Params& params)
-      : p(params), block_rows(round_up(least(kItemRows, kItemFloats / (p.Dk + p.Dv) + 1), kRows)), items(0) {
+      : p(params), block_rows(round_up(least(kItemRows, kItemFloats / (p.Dk + p.Dv) + 1), kTileRows)), items(0) {
     // A decode step has few rows: their heads are split over items until each thread has two.
     const int64_t wanted = work_ns(2) < kSmallWorkNs ? 1 : 2 * parallel_threads();
-    for (;; block_rows = round_up(block_rows / 2, kRows)) {
+    for (;; block_rows = round_up(block_rows / 2, kTileRows)) {
       items = 0;
       for (int64_t i = 0; i < p.sequences.B; ++i) items += p.G * blocks(i);
-      if (block_rows <= kRows || items >= wanted) return;
+      if (block_rows <= kTileRows || items >= wanted) return;
     }
   }
   // Late rows see the most keys: they come first, so that no thread is left with them at the end.
@@ -80,7 +81,7 @@ struct Call {
         continue;
       }
       QueryRows rows = rows_of(p, i, item % p.G);
-      const int64_t even = round_up((rows.count + n / p.G - 1) / (n / p.G), kRows);  // 64 rows are not 63 and 1
+      const int64_t even = round_up((rows.count + n / p.G - 1) / (n / p.G), kTileRows);  // 64 rows are not 63 and 1
       rows.first = item / p.G * even;
       rows.count = least(even, rows.count - rows.first);
       return body(i, item % p.G, rows);
@@ -88,18 +89,24 @@ struct Call {
   }
 };
 
-template <class T>
+template <class Unit, class T = typename Unit::T>
 void forward_item(void* context, int64_t item) {
-  const auto& call = *static_cast<const Call<AttentionParams>*>(context);
+  const auto& call = *static_cast<const Call<Unit, AttentionParams>*>(context);
   const AttentionParams& p = call.p;
+  [[maybe_unused]] const typename Unit::Session session;
   call.at(item, [&](int64_t sequence, int64_t group, const QueryRows& rows) {
-    attend(rows, keys_of<T>(p, sequence, group), {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
+    attend<Unit>(rows, keys_of<T>(p, sequence, group), {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
   });
 }
 
+template <class Unit>
+void forward_of(const AttentionParams& p) {
+  Call<Unit, AttentionParams> call(p);
+  parallel_items(call.items, call.work_ns(2), forward_item<Unit>, &call);
+}
+
 inline void attention_forward(const AttentionParams& p) {
-  Call<AttentionParams> call(p);
-  parallel_items(call.items, call.work_ns(2), p.dtype == DType::bf16 ? forward_item<uint16_t> : forward_item<float>, &call);
+  p.dtype == DType::bf16 ? forward_of<FmaUnit<uint16_t>>(p) : forward_of<FmaUnit<float>>(p);
 }
 
 template <class T>
@@ -120,12 +127,14 @@ struct NoSink {
   void block(int64_t, int64_t, const float*, const float*) const {}
 };
 
-template <class T>
+template <class Unit, class T = typename Unit::T>
 void query_gradient_item(void* context, int64_t item) {
-  const auto& call = *static_cast<const Call<AttentionBackwardParams>*>(context);
+  const auto& call = *static_cast<const Call<Unit, AttentionBackwardParams>*>(context);
   const AttentionBackwardParams& p = call.p;
+  [[maybe_unused]] const typename Unit::Session session;
   call.at(item, [&](int64_t sequence, int64_t group, const QueryRows& rows) {
-    attend_query_gradient(rows, keys_of<T>(p, sequence, group), {p.Dk, p.Dv, p.scale}, gradient_of<T>(p), static_cast<T*>(p.d_q), NoSink{});
+    attend_query_gradient<Unit>(rows, keys_of<T>(p, sequence, group), {p.Dk, p.Dv, p.scale}, gradient_of<T>(p), static_cast<T*>(p.d_q),
+                                NoSink{});
   });
 }
 
@@ -251,21 +260,17 @@ void key_gradient_item(void* context, int64_t item) {
   }
 }
 
-template <class T>
+template <class Unit, class T = typename Unit::T>
 void backward_of(const AttentionBackwardParams& p) {
   void* context = const_cast<AttentionBackwardParams*>(&p);
   parallel_items((p.sequences.T * p.A + kBlockKeys - 1) / kBlockKeys, p.sequences.T * p.A * p.Dv / 8, delta_item<T>, context);
-  Call<AttentionBackwardParams> call(p);
-  parallel_items(call.items, call.work_ns(3), query_gradient_item<T>, &call);
+  Call<Unit, AttentionBackwardParams> call(p);
+  parallel_items(call.items, call.work_ns(3), query_gradient_item<Unit>, &call);
   int64_t items = 1;
   for (int64_t i = 0; i < p.sequences.B; ++i) items += p.G * ((p.sequences.seq_lens[i] + kBlockKeys - 1) / kBlockKeys);
   parallel_items(items, call.work_ns(4), key_gradient_item<T>, context);
 }
 
 inline void attention_gradients(const AttentionBackwardParams& p) {
-  if (p.dtype == DType::bf16) {
-    backward_of<uint16_t>(p);
-  } else {
-    backward_of<float>(p);
-  }
+  p.dtype == DType::bf16 ? backward_of<FmaUnit<uint16_t>>(p) : backward_of<FmaUnit<float>>(p);
 }

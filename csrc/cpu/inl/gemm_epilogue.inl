@@ -3,6 +3,11 @@
 #include "cpu/inl/sizes.inl"
 #include "cpu/inl/vec_math.inl"
 
+// Where a matrix of either dtype that begins at `base` has its head.
+inline void* head_of(void* base, DType dtype, int64_t elements) {
+  return static_cast<char*>(base) + elements * (dtype == DType::bf16 ? 2 : 4);
+}
+
 // Row `row` of a [*, width] matrix of either dtype, columns [col, col + cols), from c; add: onto what is there.
 inline void store_row(void* matrix, DType dtype, int64_t width, int64_t row, int64_t col, int64_t cols, const float* c, bool add_to) {
   if (dtype == DType::bf16) {

@@ -12,10 +12,6 @@
 #include "cpu/inl/gemm_driver.inl"
 #include "cpu/inl/gemm_epilogue.inl"
 
-inline void* head_of(void* base, DType dtype, int64_t elements) {
-  return static_cast<char*>(base) + elements * (dtype == DType::bf16 ? 2 : 4);
-}
-
 template <class T>
 struct Heads {
   const HeadGemmParams& p;

@@ -145,7 +145,8 @@ inline void walk_blocks(const Params& p, const TokenGroup& group, const Keys& kv
   for (int64_t first = 0; first < all; first += kBlockKeys) {
     const int64_t n = least(kBlockKeys, all - first);
     const KeyBlock<T> block = kv.block(first, n, plan.kv), index_block = index_k.block(first, n, plan.index_k);
-    const int64_t from = count_seen(rows, first, n, plan.seen), index_from = count_seen(index_rows, first, n, plan.index_seen);
+    const int64_t from = count_seen(rows, first, n, kRows, plan.seen),
+                  index_from = count_seen(index_rows, first, n, kRows, plan.index_seen);
     queries_times_keys(plan.q, from, rows.count, block.k, block.k_stride, n, p.Dk, plan.panel, plan.s);
     queries_times_keys(plan.index_q, index_from, index_rows.count, index_block.k, index_block.k_stride, n, p.Di, plan.panel, plan.dots);
     int64_t token = 0;

@@ -29,6 +29,7 @@ constexpr int64_t kListTokens = 64;          // of an item that writes lists of 
 template <class Element>
 struct FmaProducts {
   using T = Element;
+  struct Session {};                       // alive while an item runs
   static constexpr int64_t kKeys = kCols;  // of a panel; divides kPageRows, so that the keys of a panel lie side by side
   int64_t heads, depth;
   float *tiles, *panel;
@@ -48,7 +49,7 @@ struct FmaProducts {
   void fetch_keys(const T* k, int64_t n) const {
     for (int64_t i = 0; i < n * depth; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(k + i);
   }
-  // out [heads][kKeys]
+  // out [heads rounded up to 32][kKeys]
   void multiply(int64_t i, float* out) const {
     std::memset(out, 0, static_cast<size_t>(heads * kKeys) * 4);
     for (int64_t h = 0; h < heads; h += kRows) {
@@ -129,7 +130,7 @@ struct IndexPlan {
   int32_t* key;
   Candidates* candidates;
   IndexPlan(Pieces& pieces, const IndexerTopkParams& p, int64_t tokens, int64_t room) : products(pieces, tokens, p.Hi, p.Di) {
-    product = pieces.take(p.Hi * Products::kKeys);
+    product = pieces.take(round_up(p.Hi, 32) * Products::kKeys);
     score = pieces.take(tokens * (room + 16));
     key = reinterpret_cast<int32_t*>(pieces.take(tokens * room));
     candidates = reinterpret_cast<Candidates*>(pieces.take(tokens * static_cast<int64_t>(sizeof(Candidates) / 4)));
@@ -190,7 +191,10 @@ template <class Products>
 void index_item(void* context, int64_t item) {
   const IndexCall& call = *static_cast<const IndexCall*>(context);
   const TokenBlock& block = call.block_of(item);
-  if (!block.all_keys) return index_scored_item<Products>(call, block, item - block.first_item);
+  if (!block.all_keys) {
+    [[maybe_unused]] const typename Products::Session session;
+    return index_scored_item<Products>(call, block, item - block.first_item);
+  }
   for (int64_t i = 0; i < block.tokens; ++i) {
     int32_t* list = call.p.topk_indices + (block.token + i) * call.p.top_k;
     const int64_t n = block.keys - block.tokens + 1 + i;
@@ -251,7 +255,8 @@ inline void each_block(const IndexerTopkParams& p, Body body) {
   }
 }
 
-inline void index_forward(const IndexerTopkParams& p) {
+template <class Products>
+void index_forward_of(const IndexerTopkParams& p) {
   IndexCall call{p, nullptr, 0, 0, p.range_keys, 0, nullptr, nullptr, nullptr};
   int64_t keys = 0, pairs = 0;
   each_block(p, [&](const TokenBlock& block) {
@@ -283,6 +288,10 @@ inline void index_forward(const IndexerTopkParams& p) {
   call.part_count = call.part_key + parts * call.part_keys;
   call.block_count = call.items = parts = split_tokens = 0;
   each_block(p, [&](const TokenBlock& block) { call.blocks[call.block_count++] = place(block); });
-  parallel_items(call.items, work_ns, p.dtype == DType::bf16 ? index_item<FmaProducts<uint16_t>> : index_item<FmaProducts<float>>, &call);
+  parallel_items(call.items, work_ns, index_item<Products>, &call);
   parallel_items(split_tokens, parts * call.part_keys * 10, index_merge_item, &call);
+}
+
+inline void index_forward(const IndexerTopkParams& p) {
+  p.dtype == DType::bf16 ? index_forward_of<FmaProducts<uint16_t>>(p) : index_forward_of<FmaProducts<float>>(p);
 }

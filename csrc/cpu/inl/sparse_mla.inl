@@ -15,24 +15,26 @@
 constexpr int64_t kMlaItemFloats = 80 * 1024;  // as in attention: 75 heads of 576 + 512 values
 
 // A call's tokens [token0, token0 + tokens), and how their heads are cut into items. Which heads share an item changes no bits.
-template <class Params>
+template <class Unit, class Params>
 struct MlaCall {
+  static constexpr int64_t kTileRows = Unit::kTileRows;
   const Params& p;
   int64_t token0, tokens, head_blocks, heads;  // blocks per token, heads per block
   MlaCall(const Params& params, int64_t first, int64_t count) : p(params), token0(first), tokens(count) {
-    const int64_t most = round_up(least(p.A, kMlaItemFloats / (p.Dk + p.Dv) + 1), kRows);
+    const int64_t most = round_up(least(p.A, kMlaItemFloats / (p.Dk + p.Dv) + 1), kTileRows);
     head_blocks = (p.A + most - 1) / most;
     // A decode step has few tokens: their heads are split over items until each thread has two.
     const int64_t wanted = work_ns(2) < kSmallWorkNs ? 1 : 2 * parallel_threads();
-    while (tokens * head_blocks < wanted && p.A > head_blocks * kRows) head_blocks *= 2;
-    heads = round_up((p.A + head_blocks - 1) / head_blocks, kRows);
+    while (tokens * head_blocks < wanted && p.A > head_blocks * kTileRows) head_blocks *= 2;
+    heads = round_up((p.A + head_blocks - 1) / head_blocks, kTileRows);
     head_blocks = (p.A + heads - 1) / heads;
   }
   int64_t items() const { return tokens * head_blocks; }
   int64_t work_ns(int64_t products) const { return tokens * p.A * p.top_k * (p.Dk + p.Dv) * products / 50; }
   // body(rows, keys, token)
-  template <class T, class Body>
+  template <class Body>
   void at(int64_t item, Body body) const {
+    using T = typename Unit::T;
     const int64_t token = token0 + item / head_blocks, first = item % head_blocks * heads;
     const int32_t* list = p.topk_indices + token * p.top_k;
     const QueryRows rows{token, 0, p.A, p.A, first, least(heads, p.A - first), list_length(list, p.top_k)};
@@ -40,18 +42,24 @@ struct MlaCall {
   }
 };
 
-template <class T>
+template <class Unit, class T = typename Unit::T>
 void mla_forward_item(void* context, int64_t item) {
-  const auto& call = *static_cast<const MlaCall<SparseMlaParams>*>(context);
+  const auto& call = *static_cast<const MlaCall<Unit, SparseMlaParams>*>(context);
   const SparseMlaParams& p = call.p;
-  call.template at<T>(item, [&](const QueryRows& rows, const ListedKeys<T>& keys, int64_t) {
-    attend(rows, keys, {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
+  [[maybe_unused]] const typename Unit::Session session;
+  call.at(item, [&](const QueryRows& rows, const ListedKeys<T>& keys, int64_t) {
+    attend<Unit>(rows, keys, {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
   });
 }
 
+template <class Unit>
+void mla_forward_of(const SparseMlaParams& p) {
+  MlaCall<Unit, SparseMlaParams> call(p, 0, p.sequences.T);
+  parallel_items(call.items(), call.work_ns(2), mla_forward_item<Unit>, &call);
+}
+
 inline void mla_forward(const SparseMlaParams& p) {
-  MlaCall<SparseMlaParams> call(p, 0, p.sequences.T);
-  parallel_items(call.items(), call.work_ns(2), p.dtype == DType::bf16 ? mla_forward_item<uint16_t> : mla_forward_item<float>, &call);
+  p.dtype == DType::bf16 ? mla_forward_of<FmaUnit<uint16_t>>(p) : mla_forward_of<FmaUnit<float>>(p);
 }
 
 template <class T>
@@ -70,9 +78,10 @@ struct MlaScores {
   int64_t at(int64_t token, int64_t key_block, int64_t head) const { return ((token * key_blocks + key_block) * A + head) * kBlockKeys; }
 };
 
+template <class Unit>
 struct MlaBlock {
   const SparseMlaBackwardParams& p;
-  MlaCall<SparseMlaBackwardParams> call;
+  MlaCall<Unit, SparseMlaBackwardParams> call;
   MlaScores scores;
 };
 
@@ -86,20 +95,21 @@ struct ScoreSink {
   }
 };
 
-template <class T>
+template <class Unit, class T = typename Unit::T>
 void mla_query_gradient_item(void* context, int64_t item) {
-  const MlaBlock& block = *static_cast<const MlaBlock*>(context);
+  const auto& block = *static_cast<const MlaBlock<Unit>*>(context);
+  [[maybe_unused]] const typename Unit::Session session;
   const SparseMlaBackwardParams& p = block.p;
   const AttendGradient<T> in{static_cast<const T*>(p.q), static_cast<const T*>(p.d_out), p.lse, p.delta};
-  block.call.template at<T>(item, [&](const QueryRows& rows, const ListedKeys<T>& keys, int64_t token) {
+  block.call.at(item, [&](const QueryRows& rows, const ListedKeys<T>& keys, int64_t token) {
     const ScoreSink sink{block.scores, token - block.call.token0, rows.first, rows.count};
-    attend_query_gradient(rows, keys, {p.Dk, p.Dv, p.scale}, in, static_cast<T*>(p.d_q), sink);
+    attend_query_gradient<Unit>(rows, keys, {p.Dk, p.Dv, p.scale}, in, static_cast<T*>(p.d_q), sink);
   });
 }
 
-template <class T>
+template <class Unit, class T = typename Unit::T>
 void mla_key_gradient_item(void* context, int64_t item) {
-  const MlaBlock& block = *static_cast<const MlaBlock*>(context);
+  const auto& block = *static_cast<const MlaBlock<Unit>*>(context);
   const SparseMlaBackwardParams& p = block.p;
   const int64_t range = item * kCacheRange, width = round_up(p.Dk, kCols);
   float* panel = static_cast<float*>(thread_scratch(Scratch::item, (kBlockKeys * kCols + kBlockKeys * width) * 4));
@@ -125,7 +135,7 @@ void mla_store_item(void* context, int64_t item) {
   for (int64_t r = item * kCacheRange; r < end; ++r) store_gradient(p.sums + r * p.Dk, p.Dk, static_cast<T*>(p.d_kv) + r * p.Dk);
 }
 
-template <class T>
+template <class Unit, class T = typename Unit::T>
 void mla_backward_of(const SparseMlaBackwardParams& p) {
   void* context = const_cast<SparseMlaBackwardParams*>(&p);
   const int64_t T_all = p.sequences.T, rows = p.sequences.key_rows, ranges = (rows + kCacheRange - 1) / kCacheRange;
@@ -133,18 +143,14 @@ void mla_backward_of(const SparseMlaBackwardParams& p) {
   std::memset(p.sums, 0, static_cast<size_t>(rows * p.Dk) * 4);
   const int64_t key_blocks = (p.top_k + kBlockKeys - 1) / kBlockKeys;
   for (int64_t token = 0; token < T_all; token += p.score_tokens) {
-    MlaBlock block{p, {p, token, least(p.score_tokens, T_all - token)}, {p.scores, nullptr, p.A, key_blocks}};
+    MlaBlock<Unit> block{p, {p, token, least(p.score_tokens, T_all - token)}, {p.scores, nullptr, p.A, key_blocks}};
     block.scores.ds = block.scores.at(p.score_tokens, 0, 0) + p.scores;
-    parallel_items(block.call.items(), block.call.work_ns(3), mla_query_gradient_item<T>, &block);
-    parallel_items(ranges, block.call.work_ns(2), mla_key_gradient_item<T>, &block);
+    parallel_items(block.call.items(), block.call.work_ns(3), mla_query_gradient_item<Unit>, &block);
+    parallel_items(ranges, block.call.work_ns(2), mla_key_gradient_item<Unit>, &block);
   }
   parallel_items(ranges, rows * p.Dk / 8, mla_store_item<T>, context);
 }
 
 inline void mla_backward(const SparseMlaBackwardParams& p) {
-  if (p.dtype == DType::bf16) {
-    mla_backward_of<uint16_t>(p);
-  } else {
-    mla_backward_of<float>(p);
-  }
+  p.dtype == DType::bf16 ? mla_backward_of<FmaUnit<uint16_t>>(p) : mla_backward_of<FmaUnit<float>>(p);
 }
