@@ -497,13 +497,16 @@ void run_all() {
     for (bool paged : {false, true}) {
       attention_case(dtype, 6, 2, 33, 20, true, paged);
       attention_case(dtype, 5, 1, 40, 24, false, paged);
+      attention_case(dtype, 2, 1, 96, 79, true, paged);  // more than one tile of depth and of values
       for (int64_t range_keys : {0, 64}) {
         indexer_topk_case(dtype, 9, 40, 50, paged, range_keys);
         indexer_topk_case(dtype, 3, 130, 1, paged, range_keys);
         indexer_topk_case(dtype, 2, 7, 137, paged, range_keys);
+        indexer_topk_case(dtype, 37, 70, 20, paged, range_keys);
       }
       sparse_mla_case(dtype, 9, 40, 24, 100, paged);
       sparse_mla_case(dtype, 70, 16, 16, 33, paged);
+      sparse_mla_case(dtype, 37, 72, 65, 100, paged);
     }
     for (int64_t top_k : {0, 40, 100}) indexer_kl_case(dtype, 5, 40, top_k == 40 ? 66 : 3, 20, top_k);
     indexer_kl_case(dtype, 9, 33, 4, 32, 0);
