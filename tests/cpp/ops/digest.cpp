@@ -355,11 +355,21 @@ void lm_head_case(DType dtype, int64_t T, int64_t V, int64_t H, int64_t top_n) {
   record("lm_head_logprob", "d_weight" + name, d_weight);
 }
 
-// Two sequences of 3 and 70 query tokens with 67 and 75 keys; paged: over pages in falling order.
+// Makes values [begin, end) NaNs.
+void spoil(const Bytes& matrix, DType dtype, int64_t begin, int64_t end) {
+  std::memset(matrix.as<uint8_t>() + begin * glmx::dtype_size(dtype), 0xff, static_cast<size_t>((end - begin) * glmx::dtype_size(dtype)));
+}
+
+// Two sequences of 3 and 70 query tokens with 67 and 90 keys; paged: over pages in falling order, the last key and its value, which one
+// token sees, being NaNs.
 void attention_case(DType dtype, int64_t A, int64_t G, int64_t Dk, int64_t Dv, bool with_v, bool paged) {
-  const int32_t cu_q[] = {0, 3, 73}, cu_k[] = {0, 67, 142}, lens[] = {67, 75}, table[] = {3, 2, 1, 0};
-  const int64_t T = 73, rows = paged ? 4 * glmx::kPageRows : 142;
+  const int32_t cu_q[] = {0, 3, 73}, cu_k[] = {0, 67, 157}, lens[] = {67, 90}, table[] = {3, 2, 1, 0};
+  const int64_t T = 73, rows = paged ? 4 * glmx::kPageRows : 157, last = 89 - glmx::kPageRows;
   const Bytes q = values(dtype, T * A * Dk), k = values(dtype, rows * G * Dk), v = values(dtype, rows * G * Dv);
+  if (paged) {
+    spoil(k, dtype, last * G * Dk, (last + 1) * G * Dk);
+    spoil(v, dtype, last * G * Dv, (last + 1) * G * Dv);
+  }
   const Bytes out = room(dtype, T * A * Dv), lse = room(DType::f32, T * A);
   const glmx::Sequences s{cu_q, lens, paged ? nullptr : cu_k, paged ? table : nullptr, 2, T, 2, rows};
   const void* v_data = with_v ? v.get() : nullptr;
@@ -491,6 +501,8 @@ void run_all() {
       head_gemm_case(dtype, 1, 3, 40, 32, transposed);
       head_gemm_case(dtype, 2, 2, 17, 45, transposed);
       head_gemm_case(dtype, 37, 2, 33, 130, transposed);
+      head_gemm_case(dtype, 2, 2, 300, 33, transposed);  // more outputs than a work item has
+      head_gemm_case(dtype, 35, 1, 600, 20, transposed);
     }
     lm_head_case(dtype, 9, 53, 40, 3);
     lm_head_case(dtype, 3, 1100, 33, 5);
@@ -502,7 +514,7 @@ void run_all() {
         indexer_topk_case(dtype, 9, 40, 50, paged, range_keys);
         indexer_topk_case(dtype, 3, 130, 1, paged, range_keys);
         indexer_topk_case(dtype, 2, 7, 137, paged, range_keys);
-        indexer_topk_case(dtype, 37, 70, 20, paged, range_keys);
+        indexer_topk_case(dtype, 52, 70, 20, paged, range_keys);
       }
       sparse_mla_case(dtype, 9, 40, 24, 100, paged);
       sparse_mla_case(dtype, 70, 16, 16, 33, paged);
