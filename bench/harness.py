@@ -64,7 +64,7 @@ def compare(
     flop: float,
     touched: float,
     rounds: int,
-    variant: str = "",
+    dtype: str = "bf16",
     warmup_rounds: int = 1,
     unfit: dict[str, int] | None = None,
     also: Callable[[float, dict[str, float]], str] | None = None,
@@ -72,14 +72,14 @@ def compare(
     """Times `ours` and its peers in alternating rounds and records the row, with ceilings measured after them.
 
     flop and touched (bytes): what a call must do. Whichever takes longer at its ceiling is what it runs against.
-    op, variant: of the kernel table. unfit: peers that were not run, with their bytes. also(seconds, ceilings): more
+    op, dtype: which kernel serves it. unfit: peers that were not run, with their bytes. also(seconds, ceilings): more
     words for the row's name.
     """
     import pytest
     import roofline
     import torch
 
-    from glmx import _native
+    from glmx import _native, runtime
 
     times: dict[str, list[float]] = {peer: [] for peer in peers}
 
@@ -90,7 +90,9 @@ def compare(
     benchmark.pedantic(ours, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
     mine = benchmark.stats.stats.data
     seconds, threads = sorted(mine)[len(mine) // 2], torch.get_num_threads()
-    isa = next(row["kernel"] for row in _native.kernel_table() if (row["op"], row["variant"]) == (op, variant))
+    row = runtime.kernel_of(op, dtype)
+    assert row is not None, f"no kernel for {op} {dtype}"
+    isa = row["kernel"]
     if isa == "base":
         pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
     measured = roofline.ceilings(threads)

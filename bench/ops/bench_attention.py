@@ -60,4 +60,5 @@ def test_decode(benchmark, record_row, keys: int, dtype: torch.dtype) -> None:
         flop=2 * A * keys * 2 * D,
         touched=2 * keys * G * D * q.element_size(),
         rounds=ROUNDS,
+        dtype="bf16" if dtype == torch.bfloat16 else "fp32",
     )

@@ -63,7 +63,7 @@ def measure(
         flop=flop,
         touched=touched,
         rounds=ROUNDS,
-        variant=variant,
+        dtype=variant,
     )
 
 

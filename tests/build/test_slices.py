@@ -49,7 +49,7 @@ def test_contract_names_params_and_function(stem):
 def test_registry_knows_it(stem):
     for name in ("registry.h", "registry.cpp"):
         text = (ROOT / "csrc/ops" / name).read_text()
-        assert re.search(rf"\b{stem}_(\w+_)?info\(\)", text), f"csrc/ops/{name} has no line for {stem}"
+        assert re.search(rf"\b{stem}_info\(", text), f"csrc/ops/{name} has no line for {stem}"
 
 
 def test_registry_is_in_the_order_of_ops_h():
