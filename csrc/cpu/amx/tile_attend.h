@@ -29,7 +29,8 @@ struct TileUnit {
         }
       }
     }
-    void times_keys(int64_t from, int64_t rows, const T* block, int64_t stride, int64_t n, float* out) const {
+    template <class Meanwhile = const Nothing>
+    void times_keys(int64_t from, int64_t rows, const T* block, int64_t stride, int64_t n, float* out, Meanwhile&& meanwhile = {}) const {
       for (int64_t j = 0; j < n; j += 32) {
         const T* first = block + j * stride;
         const Left left{first, stride, n - j < 32 ? 0 : D / 32, keys};
@@ -40,6 +41,7 @@ struct TileUnit {
         }
         for (int64_t i = from; i < rows; i += 32) {
           const uint16_t* pair = tiles + i / 16 * steps * kTile;
+          meanwhile();
           tile_product_of(n - j, rows - i, left, pair, pair + steps * kTile, steps, true, scores, 32);
           for (int64_t r = 0; r < least(32, rows - i); r += 16) {
             for (int64_t key = 0; key < least(32, n - j); key += 16) {
@@ -62,7 +64,9 @@ struct TileUnit {
           panel(shared),
           weights(as_halves(pieces.take(round_up(rows, 32) * kBlockKeys / 2))) {}
     // Tiles take the rows that see the whole block; those before them, which are few, go the way of the vector kernels.
-    void add(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride, int64_t n) const {
+    template <class Meanwhile = const Nothing>
+    void add(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride, int64_t n,
+             Meanwhile&& meanwhile = {}) const {
       int64_t whole = from;
       while (whole < rows && seen[whole] < n) ++whole;
       if (from < whole) queries_times_values(p, seen, from, whole, values, stride, n, D, panel, acc, ld);
@@ -84,6 +88,7 @@ struct TileUnit {
         }
         for (int64_t i = whole; i < rows; i += 32) {
           const Left left{nullptr, 0, 0, weights + (i - whole) / 32 * 2 * steps * kTile};
+          meanwhile();
           tile_product_of(rows - i, D - j, left, right, right + steps * kTile, steps, false, acc + i * ld + j, ld);
         }
       }

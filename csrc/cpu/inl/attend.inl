@@ -47,10 +47,27 @@ inline void pack_query_tiles(const QueryRows& rows, const T* matrix, int64_t D, 
   }
 }
 
+// Rows [at, end) of `bytes` each that the next block of keys will read: row(i) is where row i lies. They are fetched into L2 over so many
+// calls, so that memory works while tiles are multiplied: rows of one kv head lie far apart, where the CPU's own fetching does not follow.
+template <class Row>
+struct FetchRows {
+  Row row;
+  int64_t at, end, bytes, lines, offset = 0;
+  FetchRows(Row where, int64_t first, int64_t last, int64_t row_bytes, int64_t calls)
+      : row(where), at(first), end(last), bytes(row_bytes), lines((last - first) * ((bytes + 63) / 64) / calls + 1) {}
+  void operator()() {
+    for (int64_t line = 0; line < lines && at < end; ++line) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row(at)) + offset, 0, 2);
+      offset += 64;
+      if (offset >= bytes) offset = 0, ++at;
+    }
+  }
+};
+
 // out[i][key] = query row i . key, for rows [from, rows), `from` at the start of a tile.
-template <class T>
+template <class T, class Meanwhile = const Nothing>
 inline void queries_times_keys(const float* tiles, int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, int64_t D,
-                               float* panel, float* out) {
+                               float* panel, float* out, Meanwhile&& meanwhile = {}) {
   if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys);
   std::memset(out + from * kBlockKeys, 0, static_cast<size_t>((rows - from) * kBlockKeys) * 4);
   for (int64_t j = 0; j < n; j += kCols) {
@@ -58,21 +75,22 @@ inline void queries_times_keys(const float* tiles, int64_t from, int64_t rows, c
       const int64_t now = least(kDepth, D - k);
       pack_panel_rows(keys + j * stride + k, stride, least(kCols, n - j), now, panel);
       for (int64_t i = from; i < rows; i += kRows) {
-        tile_times_panel_n<PackedRows>(rows - i, tiles + i * round_up(D, 32) + k * kRows, panel, out + i * kBlockKeys + j, kBlockKeys, now);
+        tile_times_panel_n<PackedRows>(rows - i, tiles + i * round_up(D, 32) + k * kRows, panel, out + i * kBlockKeys + j, kBlockKeys, now,
+                                       meanwhile);
       }
     }
   }
 }
 
 // acc[i] += p[i] @ rows of `values`, for rows [from, rows): row i takes its first seen[i] keys and touches no other.
-template <class T>
+template <class T, class Meanwhile = const Nothing>
 inline void queries_times_values(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride,
-                                 int64_t n, int64_t D, float* panel, float* acc, int64_t ld) {
+                                 int64_t n, int64_t D, float* panel, float* acc, int64_t ld, Meanwhile&& meanwhile = {}) {
   for (int64_t j = 0; j < D; j += kCols) {
     pack_panel_columns<T>([&](int64_t key) { return values + key * stride + j; }, least(kCols, D - j), n, panel);
     for (int64_t i = from, end; i < rows; i = end) {
       for (end = i + 1; end < least(rows, i + kRows) && seen[end] == seen[i];) ++end;
-      tile_times_panel_n<QueryTile>(end - i, p + i * kBlockKeys, panel, acc + i * ld + j, ld, seen[i]);
+      tile_times_panel_n<QueryTile>(end - i, p + i * kBlockKeys, panel, acc + i * ld + j, ld, seen[i], meanwhile);
     }
   }
 }
@@ -94,8 +112,9 @@ struct FmaUnit {
         : D(depth), tiles(pieces.take(round_up(rows, kRows) * round_up(D, 32))), panel(shared) {}
     void pack(const QueryRows& rows, const T* matrix) const { pack_query_tiles(rows, matrix, D, tiles); }
     // out[i][key] = row i . key for rows [from, rows), `from` at the start of a tile.
-    void times_keys(int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, float* out) const {
-      queries_times_keys(tiles, from, rows, keys, stride, n, D, panel, out);
+    template <class Meanwhile = const Nothing>
+    void times_keys(int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, float* out, Meanwhile&& meanwhile = {}) const {
+      queries_times_keys(tiles, from, rows, keys, stride, n, D, panel, out, meanwhile);
     }
   };
 
@@ -106,8 +125,10 @@ struct FmaUnit {
     Sums(Pieces& pieces, int64_t rows, int64_t width, float* shared)
         : D(width), ld(round_up(D, kCols)), acc(pieces.take(rows * ld)), panel(shared) {}
     // acc[i] += p[i] @ rows of `values`, for rows [from, rows): row i takes its first seen[i] values and touches no other.
-    void add(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride, int64_t n) const {
-      queries_times_values(p, seen, from, rows, values, stride, n, D, panel, acc, ld);
+    template <class Meanwhile = const Nothing>
+    void add(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride, int64_t n,
+             Meanwhile&& meanwhile = {}) const {
+      queries_times_values(p, seen, from, rows, values, stride, n, D, panel, acc, ld, meanwhile);
     }
   };
 };
@@ -212,7 +233,8 @@ inline void finish_row(const ForwardPlan<Unit>& plan, int64_t i, bool any_key, i
   *lse = any_key ? static_cast<float>(sum) : __builtin_inff();
 }
 
-// Keys::block(b, n, gathered) gives the n keys of block b; gathered has room for kBlockKeys rows of Dk if Keys asks for it.
+// Keys::block(b, n, gathered) gives the n keys of block b; gathered has room for kBlockKeys rows of Dk if Keys asks for it. Keys::k_row(j)
+// and v_row(j) are where key j lies.
 template <class Unit, class Keys, class T = typename Unit::T>
 void attend(const QueryRows& rows, const Keys& keys, const AttendShape& shape, const T* q, T* out, float* lse) {
   const auto plan = plan_in_scratch<ForwardPlan<Unit>>(rows.count, shape, Keys::kGathered);
@@ -228,12 +250,16 @@ void attend(const QueryRows& rows, const Keys& keys, const AttendShape& shape, c
     const int64_t n = least(kBlockKeys, all - first);
     const KeyBlock<T> block = keys.block(first, n, plan.gathered);
     const int64_t from = count_seen(rows, first, n, Unit::kTileRows, plan.seen);
-    plan.queries.times_keys(from, rows.count, block.k, block.k_stride, n, plan.scores);
+    const int64_t next = first + n, next_end = least(next + kBlockKeys, all), size = sizeof(T);
+    const int64_t tiles = (rows.count - from + kRows - 1) / kRows;
+    FetchRows fetch_k([&](int64_t j) { return keys.k_row(j); }, next, next_end, shape.Dk * size, tiles * 2 * ((shape.Dk + 31) / 32));
+    plan.queries.times_keys(from, rows.count, block.k, block.k_stride, n, plan.scores, fetch_k);
     softmax_step(plan, from, rows.count, shape.scale);
     for (int64_t i = from; i < rows.count; ++i) {
       if (plan.alpha[i] != 1.0f) scale_row(sums.acc + i * sums.ld, sums.ld, plan.alpha[i]);
     }
-    sums.add(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n);
+    FetchRows fetch_v([&](int64_t j) { return keys.v_row(j); }, next, next_end, shape.Dv * size, tiles * 2 * ((shape.Dv + 31) / 32));
+    sums.add(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n, fetch_v);
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t at = rows.at(i);

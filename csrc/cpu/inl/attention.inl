@@ -23,10 +23,9 @@ struct CachedKeys {
   int64_t sequence;
   const T *k, *v;
   int64_t k_stride, v_stride;
-  KeyBlock<T> block(int64_t first, int64_t, T*) const {
-    const int64_t row = key_row(s, sequence, first);
-    return {k + row * k_stride, v + row * v_stride, k_stride, v_stride};
-  }
+  const T* k_row(int64_t key) const { return k + key_row(s, sequence, key) * k_stride; }
+  const T* v_row(int64_t key) const { return v + key_row(s, sequence, key) * v_stride; }
+  KeyBlock<T> block(int64_t first, int64_t, T*) const { return {k_row(first), v_row(first), k_stride, v_stride}; }
 };
 
 // Params is AttentionParams or AttentionBackwardParams.

@@ -29,11 +29,17 @@ template <int rows, class Layout>
   }
 }
 
+// What else there is to do while a tile is multiplied: called before every 32 steps of depth.
+struct Nothing {
+  void operator()() const {}
+};
+
 // c[rows][kCols] += a tile @ a panel [depth][kCols]. A last block of fewer than 32 steps ends early: the steps of zeros that it lacks
 // would do no more than turn a chain of -0 into +0, which adding +0 does too.
-template <int rows, class Layout>
-inline void tile_times_panel(const float* a, const float* b, float* c, int64_t ldc, int64_t depth) {
+template <int rows, class Layout, class Meanwhile>
+inline void tile_times_panel(const float* a, const float* b, float* c, int64_t ldc, int64_t depth, Meanwhile& meanwhile) {
   for (; depth > 0; depth -= 32, a += Layout::block, b += 32 * kCols) {
+    meanwhile();
     const int steps = depth < 32 ? static_cast<int>(depth) : 32;
     V16 even[rows][kVecs], odd[rows][kVecs];
 #pragma GCC unroll 8
@@ -63,12 +69,13 @@ inline void tile_times_panel(const float* a, const float* b, float* c, int64_t l
 }
 
 // The first n rows of a tile, 1 <= n; a tile has at most kRows.
-template <class Layout, int rows = kRows>
-inline void tile_times_panel_n(int64_t n, const float* a, const float* b, float* c, int64_t ldc, int64_t depth) {
+template <class Layout, int rows = kRows, class Meanwhile = const Nothing>
+inline void tile_times_panel_n(int64_t n, const float* a, const float* b, float* c, int64_t ldc, int64_t depth,
+                               Meanwhile&& meanwhile = {}) {
   if constexpr (rows > 1) {
-    if (n < rows) return tile_times_panel_n<Layout, rows - 1>(n, a, b, c, ldc, depth);
+    if (n < rows) return tile_times_panel_n<Layout, rows - 1>(n, a, b, c, ldc, depth, meanwhile);
   }
-  tile_times_panel<rows, Layout>(a, b, c, ldc, depth);
+  tile_times_panel<rows, Layout>(a, b, c, ldc, depth, meanwhile);
 }
 
 // Rows of T that are contiguous in depth -> one tile [depth / 32][kRows][32]. `row(i)` is where row i's depth begins.
