@@ -26,6 +26,8 @@ struct QueryRows {
     return (token + r / heads) * all_heads + head + r % heads;
   }
   int64_t seen(int64_t i) const { return keys + (first + i) / heads; }
+  // The rows of the g-th kv head after this one.
+  QueryRows group(int64_t g) const { return {token, head + g * heads, heads, all_heads, first, count, keys}; }
 };
 
 // Some keys of a list and their values, each a row of Dk or Dv elements.
@@ -153,15 +155,14 @@ inline V16 if_seen(int32_t seen, int64_t at, V16 yes, V16 no) {
 
 template <class Unit>
 struct ForwardPlan {
-  float* panel;
   typename Unit::Queries queries;
   typename Unit::Sums sums;
   float* scores;
   float *max, *next, *alpha, *sum, *total;  // per row
   int32_t* seen;
   typename Unit::T* gathered;
-  ForwardPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows)
-      : panel(pieces.take(Unit::kPanelFloats)), queries(pieces, rows, shape.Dk, panel), sums(pieces, rows, shape.Dv, panel) {
+  ForwardPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows, float* panel)
+      : queries(pieces, rows, shape.Dk, panel), sums(pieces, rows, shape.Dv, panel) {
     scores = pieces.take(round_up(rows, Unit::kTileRows) * kBlockKeys);
     max = pieces.take(rows);
     next = pieces.take(rows);
@@ -170,6 +171,25 @@ struct ForwardPlan {
     total = pieces.take(rows);
     seen = reinterpret_cast<int32_t*>(pieces.take(rows));
     gathered = reinterpret_cast<typename Unit::T*>(pieces.take(gathered_rows * shape.Dk));
+  }
+};
+
+// Those of the kv heads of an item, which share a panel.
+template <class Unit>
+struct ForwardPlans {
+  int64_t rows, gathered_rows, size;
+  const AttendShape& shape;
+  float *panel, *first;
+  ForwardPlans(Pieces& pieces, int64_t groups, int64_t row_count, const AttendShape& attend_shape, int64_t gathered)
+      : rows(row_count), gathered_rows(gathered), shape(attend_shape), panel(pieces.take(Unit::kPanelFloats)) {
+    Pieces one{nullptr};
+    [[maybe_unused]] const ForwardPlan<Unit> counted(one, rows, shape, gathered_rows, nullptr);
+    size = one.used;
+    first = pieces.take(groups * size);
+  }
+  ForwardPlan<Unit> group(int64_t g) const {
+    Pieces pieces{first + g * size};
+    return {pieces, rows, shape, gathered_rows, panel};
   }
 };
 
@@ -233,37 +253,55 @@ inline void finish_row(const ForwardPlan<Unit>& plan, int64_t i, bool any_key, i
   *lse = any_key ? static_cast<float>(sum) : __builtin_inff();
 }
 
-// Keys::block(b, n, gathered) gives the n keys of block b; gathered has room for kBlockKeys rows of Dk if Keys asks for it. Keys::k_row(j)
-// and v_row(j) are where key j lies.
-template <class Unit, class Keys, class T = typename Unit::T>
-void attend(const QueryRows& rows, const Keys& keys, const AttendShape& shape, const T* q, T* out, float* lse) {
-  const auto plan = plan_in_scratch<ForwardPlan<Unit>>(rows.count, shape, Keys::kGathered);
-  const auto& sums = plan.sums;
+template <class Unit, class T = typename Unit::T>
+void attend_begin(const ForwardPlan<Unit>& plan, const QueryRows& rows, const T* q) {
   for (int64_t i = 0; i < round_up(rows.count, 16); ++i) {
     plan.max[i] = -__builtin_inff();
     plan.next[i] = plan.alpha[i] = plan.sum[i] = plan.total[i] = 0.0f;
   }
-  std::memset(sums.acc, 0, static_cast<size_t>(rows.count * sums.ld) * 4);
+  std::memset(plan.sums.acc, 0, static_cast<size_t>(rows.count * plan.sums.ld) * 4);
   plan.queries.pack(rows, q);
-  const int64_t all = rows.seen(rows.count - 1);
-  for (int64_t first = 0; first < all; first += kBlockKeys) {
-    const int64_t n = least(kBlockKeys, all - first);
-    const KeyBlock<T> block = keys.block(first, n, plan.gathered);
-    const int64_t from = count_seen(rows, first, n, Unit::kTileRows, plan.seen);
-    const int64_t next = first + n, next_end = least(next + kBlockKeys, all), size = sizeof(T);
-    const int64_t tiles = (rows.count - from + kRows - 1) / kRows;
-    FetchRows fetch_k([&](int64_t j) { return keys.k_row(j); }, next, next_end, shape.Dk * size, tiles * 2 * ((shape.Dk + 31) / 32));
-    plan.queries.times_keys(from, rows.count, block.k, block.k_stride, n, plan.scores, fetch_k);
-    softmax_step(plan, from, rows.count, shape.scale);
-    for (int64_t i = from; i < rows.count; ++i) {
-      if (plan.alpha[i] != 1.0f) scale_row(sums.acc + i * sums.ld, sums.ld, plan.alpha[i]);
-    }
-    FetchRows fetch_v([&](int64_t j) { return keys.v_row(j); }, next, next_end, shape.Dv * size, tiles * 2 * ((shape.Dv + 31) / 32));
-    sums.add(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n, fetch_v);
+}
+
+// A block of n keys, the first of them key `first`.
+template <class Unit, class Fetch, class T = typename Unit::T>
+void attend_block(const ForwardPlan<Unit>& plan, const QueryRows& rows, const KeyBlock<T>& block, int64_t first, int64_t n, float scale,
+                  Fetch& fetch_k, Fetch& fetch_v) {
+  const auto& sums = plan.sums;
+  const int64_t from = count_seen(rows, first, n, Unit::kTileRows, plan.seen);
+  plan.queries.times_keys(from, rows.count, block.k, block.k_stride, n, plan.scores, fetch_k);
+  softmax_step(plan, from, rows.count, scale);
+  for (int64_t i = from; i < rows.count; ++i) {
+    if (plan.alpha[i] != 1.0f) scale_row(sums.acc + i * sums.ld, sums.ld, plan.alpha[i]);
   }
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const int64_t at = rows.at(i);
-    finish_row(plan, i, rows.seen(i) > 0, shape.Dv, out + at * shape.Dv, lse == nullptr ? nullptr : lse + at);
+  sums.add(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n, fetch_v);
+}
+
+// The rows of `groups` kv heads, of which `rows` and `keys` are the first. Keys::block(first, n, gathered) gives n keys; gathered has room
+// for kBlockKeys rows of Dk if Keys asks for it. Keys::row(j, v) is where key j lies, or its value.
+template <class Unit, class Keys, class T = typename Unit::T>
+void attend(const QueryRows& rows, const Keys& keys, int64_t groups, const AttendShape& shape, const T* q, T* out, float* lse) {
+  const auto plans = plan_in_scratch<ForwardPlans<Unit>>(groups, rows.count, shape, Keys::kGathered);
+  for (int64_t g = 0; g < groups; ++g) attend_begin(plans.group(g), rows.group(g), q);
+  const int64_t all = rows.seen(rows.count - 1), size = sizeof(T), tiles = groups * ((rows.count + kRows - 1) / kRows);
+  for (int64_t first = 0; first < all; first += kBlockKeys) {
+    const int64_t n = least(kBlockKeys, all - first), next = first + n, next_end = least(next + kBlockKeys, all);
+    const auto fetch = [&](bool v, int64_t D) {
+      const auto row = [&keys, v](int64_t j) { return keys.row(j, v); };
+      return FetchRows(row, next, v && Keys::kGathered != 0 ? next : next_end, groups * D * size, tiles * 2 * ((D + 31) / 32));
+    };
+    auto fetch_k = fetch(false, shape.Dk), fetch_v = fetch(true, shape.Dv);
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto plan = plans.group(g);
+      attend_block(plan, rows.group(g), keys.group(g).block(first, n, plan.gathered), first, n, shape.scale, fetch_k, fetch_v);
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const QueryRows group = rows.group(g);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t at = group.at(i);
+      finish_row(plans.group(g), i, group.seen(i) > 0, shape.Dv, out + at * shape.Dv, lse == nullptr ? nullptr : lse + at);
+    }
   }
 }
 

@@ -23,17 +23,21 @@ struct CachedKeys {
   int64_t sequence;
   const T *k, *v;
   int64_t k_stride, v_stride;
-  const T* k_row(int64_t key) const { return k + key_row(s, sequence, key) * k_stride; }
-  const T* v_row(int64_t key) const { return v + key_row(s, sequence, key) * v_stride; }
-  KeyBlock<T> block(int64_t first, int64_t, T*) const { return {k_row(first), v_row(first), k_stride, v_stride}; }
+  int64_t Dk, Dv;
+  const T* row(int64_t key, bool value) const {
+    const int64_t at = key_row(s, sequence, key);
+    return value ? v + at * v_stride : k + at * k_stride;
+  }
+  CachedKeys group(int64_t g) const { return {s, sequence, k + g * Dk, v + g * Dv, k_stride, v_stride, Dk, Dv}; }
+  KeyBlock<T> block(int64_t first, int64_t, T*) const { return {row(first, false), row(first, true), k_stride, v_stride}; }
 };
 
 // Params is AttentionParams or AttentionBackwardParams.
 template <class T, class Params>
 inline CachedKeys<T> keys_of(const Params& p, int64_t sequence, int64_t group) {
   const T* k = static_cast<const T*>(p.k) + group * p.Dk;
-  if (p.v == nullptr) return {p.sequences, sequence, k, k, p.G * p.Dk, p.G * p.Dk};
-  return {p.sequences, sequence, k, static_cast<const T*>(p.v) + group * p.Dv, p.G * p.Dk, p.G * p.Dv};
+  if (p.v == nullptr) return {p.sequences, sequence, k, k, p.G * p.Dk, p.G * p.Dk, p.Dk, p.Dk};
+  return {p.sequences, sequence, k, static_cast<const T*>(p.v) + group * p.Dv, p.G * p.Dk, p.G * p.Dv, p.Dk, p.Dv};
 }
 
 // All query rows of a sequence and kv head.
@@ -49,8 +53,9 @@ template <class Unit, class Params>
 struct Call {
   static constexpr int64_t kTileRows = Unit::kTileRows;
   const Params& p;
-  int64_t block_rows, items;
+  int64_t block_rows, groups, items;  // groups: kv heads of an item
   int64_t blocks(int64_t sequence) const { return (rows_of(p, sequence, 0).count + block_rows - 1) / block_rows; }
+  int64_t spans() const { return (p.G + groups - 1) / groups; }
   // All items on one core at about 50 GFLOP/s: `products` times 2 * Dk or Dv flop for each query row and key.
   int64_t work_ns(int64_t products) const {
     int64_t pairs = 0;
@@ -59,31 +64,40 @@ struct Call {
     }
     return pairs * p.A * (p.Dk + p.Dv) * products / 50;
   }
-  explicit Call(const Params& params)
-      : p(params), block_rows(round_up(least(kItemRows, kItemFloats / (p.Dk + p.Dv) + 1), kTileRows)), items(0) {
+  void count_items() {
+    items = 0;
+    for (int64_t i = 0; i < p.sequences.B; ++i) items += spans() * blocks(i);
+  }
+  Call(const Params& params, int64_t most_groups)
+      : p(params), block_rows(round_up(least(kItemRows, kItemFloats / (p.Dk + p.Dv) + 1), kTileRows)), groups(1), items(0) {
     // A decode step has few rows: their heads are split over items until each thread has two.
-    const int64_t wanted = work_ns(2) < kSmallWorkNs ? 1 : 2 * parallel_threads();
-    for (;; block_rows = round_up(block_rows / 2, kTileRows)) {
-      items = 0;
-      for (int64_t i = 0; i < p.sequences.B; ++i) items += p.G * blocks(i);
-      if (block_rows <= kTileRows || items >= wanted) return;
+    const int64_t wanted = parallel_threads() == 1 || work_ns(2) < kSmallWorkNs ? 1 : 2 * parallel_threads();
+    for (count_items(); items < wanted && block_rows > kTileRows; count_items()) block_rows = round_up(block_rows / 2, kTileRows);
+    // Or so few that an item has room for several kv heads: their keys lie side by side, and are read as one stream.
+    int64_t most_rows = 1;
+    for (int64_t i = 0; i < p.sequences.B; ++i) most_rows = -least(-most_rows, -rows_of(p, i, 0).count);
+    while (2 * groups <= least(most_groups, block_rows / most_rows) && items / 2 >= wanted) {
+      groups *= 2;
+      count_items();
     }
   }
   // Late rows see the most keys: they come first, so that no thread is left with them at the end.
+  // body(sequence, kv head, kv heads, rows of the first of them)
   template <class Body>
   void at(int64_t item, Body body) const {
     item = items - 1 - item;
     for (int64_t i = 0; i < p.sequences.B; ++i) {
-      const int64_t n = p.G * blocks(i);
+      const int64_t n = spans() * blocks(i);
       if (item >= n) {
         item -= n;
         continue;
       }
-      QueryRows rows = rows_of(p, i, item % p.G);
-      const int64_t even = round_up((rows.count + n / p.G - 1) / (n / p.G), kTileRows);  // 64 rows are not 63 and 1
-      rows.first = item / p.G * even;
+      const int64_t group = item % spans() * groups, block = item / spans();
+      QueryRows rows = rows_of(p, i, group);
+      const int64_t even = round_up((rows.count + blocks(i) - 1) / blocks(i), kTileRows);  // 64 rows are not 63 and 1
+      rows.first = block * even;
       rows.count = least(even, rows.count - rows.first);
-      return body(i, item % p.G, rows);
+      return body(i, group, least(groups, p.G - group), rows);
     }
   }
 };
@@ -93,14 +107,15 @@ void forward_item(void* context, int64_t item) {
   const auto& call = *static_cast<const Call<Unit, AttentionParams>*>(context);
   const AttentionParams& p = call.p;
   [[maybe_unused]] const typename Unit::Session session;
-  call.at(item, [&](int64_t sequence, int64_t group, const QueryRows& rows) {
-    attend<Unit>(rows, keys_of<T>(p, sequence, group), {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
+  call.at(item, [&](int64_t sequence, int64_t group, int64_t groups, const QueryRows& rows) {
+    attend<Unit>(rows, keys_of<T>(p, sequence, group), groups, {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out),
+                 p.lse);
   });
 }
 
 template <class Unit>
 void forward_of(const AttentionParams& p) {
-  Call<Unit, AttentionParams> call(p);
+  Call<Unit, AttentionParams> call(p, p.G);
   parallel_items(call.items, call.work_ns(2), forward_item<Unit>, &call);
 }
 
@@ -131,7 +146,7 @@ void query_gradient_item(void* context, int64_t item) {
   const auto& call = *static_cast<const Call<Unit, AttentionBackwardParams>*>(context);
   const AttentionBackwardParams& p = call.p;
   [[maybe_unused]] const typename Unit::Session session;
-  call.at(item, [&](int64_t sequence, int64_t group, const QueryRows& rows) {
+  call.at(item, [&](int64_t sequence, int64_t group, int64_t, const QueryRows& rows) {
     attend_query_gradient<Unit>(rows, keys_of<T>(p, sequence, group), {p.Dk, p.Dv, p.scale}, gradient_of<T>(p), static_cast<T*>(p.d_q),
                                 NoSink{});
   });
@@ -263,7 +278,7 @@ template <class Unit, class T = typename Unit::T>
 void backward_of(const AttentionBackwardParams& p) {
   void* context = const_cast<AttentionBackwardParams*>(&p);
   parallel_items((p.sequences.T * p.A + kBlockKeys - 1) / kBlockKeys, p.sequences.T * p.A * p.Dv / 8, delta_item<T>, context);
-  Call<Unit, AttentionBackwardParams> call(p);
+  Call<Unit, AttentionBackwardParams> call(p, 1);
   parallel_items(call.items, call.work_ns(3), query_gradient_item<Unit>, &call);
   int64_t items = 1;
   for (int64_t i = 0; i < p.sequences.B; ++i) items += p.G * ((p.sequences.seq_lens[i] + kBlockKeys - 1) / kBlockKeys);

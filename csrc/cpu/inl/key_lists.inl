@@ -56,13 +56,13 @@ struct ListedKeys {
   const int32_t* list;
   const T* kv;
   int64_t Dk;
-  const T* k_row(int64_t place) const { return kv + key_row(s, sequence, list[place]) * Dk; }
-  const T* v_row(int64_t place) const { return k_row(place); }
+  const T* row(int64_t place, bool) const { return kv + key_row(s, sequence, list[place]) * Dk; }
+  const ListedKeys& group(int64_t) const { return *this; }
   KeyBlock<T> block(int64_t first, int64_t n, T* gathered) const {
     const int64_t last = list[first + n - 1];
     const bool one_page = s.block_table == nullptr || list[first] / kPageRows == last / kPageRows;
-    if (one_page && last - list[first] == n - 1) return {k_row(first), k_row(first), Dk, Dk};
-    for (int64_t j = 0; j < n; ++j) std::memcpy(gathered + j * Dk, k_row(first + j), static_cast<size_t>(Dk) * sizeof(T));
+    if (one_page && last - list[first] == n - 1) return {row(first, false), row(first, false), Dk, Dk};
+    for (int64_t j = 0; j < n; ++j) std::memcpy(gathered + j * Dk, row(first + j, false), static_cast<size_t>(Dk) * sizeof(T));
     return {gathered, gathered, Dk, Dk};
   }
 };

@@ -48,7 +48,7 @@ void mla_forward_item(void* context, int64_t item) {
   const SparseMlaParams& p = call.p;
   [[maybe_unused]] const typename Unit::Session session;
   call.at(item, [&](const QueryRows& rows, const ListedKeys<T>& keys, int64_t) {
-    attend<Unit>(rows, keys, {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
+    attend<Unit>(rows, keys, 1, {p.Dk, p.Dv, p.scale}, static_cast<const T*>(p.q), static_cast<T*>(p.out), p.lse);
   });
 }
 
