@@ -9,12 +9,11 @@ struct TileUnit {
   using T = uint16_t;
   using Session = TileSession;
   static constexpr int64_t kTileRows = 16;
-  static constexpr int64_t kPanelFloats = kBlockKeys * kCols;  // 32 x 32 scores, four right tiles, or a panel of values
 
   struct Queries {
     int64_t D, steps;
     uint16_t *tiles, *keys;  // right tiles [rows / 16][steps]; left tiles of 32 keys
-    float* scores;
+    float* scores;           // 32 x 32
     Queries(Pieces& pieces, int64_t rows, int64_t depth, float* shared)
         : D(depth),
           steps((D + 31) / 32),
@@ -55,8 +54,8 @@ struct TileUnit {
 
   struct Sums {
     int64_t D, ld;
-    float *acc, *panel;
-    uint16_t* weights;  // left tiles [rows / 32][2 steps][2]
+    float *acc, *panel;  // panel: of values, or four right tiles
+    uint16_t* weights;   // left tiles [rows / 32][2 steps][2]
     Sums(Pieces& pieces, int64_t rows, int64_t width, float* shared)
         : D(width),
           ld(round_up(D, 32)),

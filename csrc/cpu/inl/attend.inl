@@ -54,15 +54,29 @@ inline void pack_query_tiles(const QueryRows& rows, const T* matrix, int64_t D, 
 template <class Row>
 struct FetchRows {
   Row row;
-  int64_t at, end, bytes, lines, offset = 0;
+  const char* now;
+  int64_t next, end, bytes, lines, left;  // left: bytes of the row at `now`
   FetchRows(Row where, int64_t first, int64_t last, int64_t row_bytes, int64_t calls)
-      : row(where), at(first), end(last), bytes(row_bytes), lines((last - first) * ((bytes + 63) / 64) / calls + 1) {}
+      : row(where),
+        now(nullptr),
+        next(first),
+        end(last),
+        bytes(row_bytes),
+        lines((last - first) * ((bytes + 63) / 64) / calls + 1),
+        left(0) {}
   void operator()() {
-    for (int64_t line = 0; line < lines && at < end; ++line) {
-      __builtin_prefetch(reinterpret_cast<const char*>(row(at)) + offset, 0, 2);
-      offset += 64;
-      if (offset >= bytes) offset = 0, ++at;
+    const char* line = now;
+    int64_t of_row = left;
+    for (int64_t i = 0; i < lines; ++i, line += 64, of_row -= 64) {
+      if (of_row <= 0) {
+        if (next >= end) break;
+        line = reinterpret_cast<const char*>(row(next++));
+        of_row = bytes;
+      }
+      __builtin_prefetch(line, 0, 2);
     }
+    now = line;
+    left = of_row;
   }
 };
 
@@ -84,15 +98,36 @@ inline void queries_times_keys(const float* tiles, int64_t from, int64_t rows, c
   }
 }
 
+constexpr int64_t kValueCols = 128;  // of values that are packed at a time, a row after the other: rows may lie a power of two apart
+constexpr int64_t kPanelFloats = kBlockKeys * kValueCols;  // one buffer for the panels of all products of an item: it stays in L1
+
+// n rows of `cols` values -> panels [kCols] of n rows each.
+template <class T>
+inline void pack_values(const T* values, int64_t stride, int64_t n, int64_t cols, float* panels) {
+  for (int64_t key = 0; key < n; ++key) {
+    const T* from = values + key * stride;
+    float* out = panels + key * kCols;
+    for (int64_t j = 0; j < cols; j += kCols, out += n * kCols) {
+      for (int64_t i = 0; i < kCols; i += 16) {
+        const int64_t left = cols - j - i;
+        store(out + i, left >= 16 ? load(from + j + i) : left > 0 ? load_n(from + j + i, lanes(left)) : zero());
+      }
+    }
+  }
+}
+
 // acc[i] += p[i] @ rows of `values`, for rows [from, rows): row i takes its first seen[i] keys and touches no other.
 template <class T, class Meanwhile = const Nothing>
 inline void queries_times_values(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride,
-                                 int64_t n, int64_t D, float* panel, float* acc, int64_t ld, Meanwhile&& meanwhile = {}) {
-  for (int64_t j = 0; j < D; j += kCols) {
-    pack_panel_columns<T>([&](int64_t key) { return values + key * stride + j; }, least(kCols, D - j), n, panel);
-    for (int64_t i = from, end; i < rows; i = end) {
-      for (end = i + 1; end < least(rows, i + kRows) && seen[end] == seen[i];) ++end;
-      tile_times_panel_n<QueryTile>(end - i, p + i * kBlockKeys, panel, acc + i * ld + j, ld, seen[i], meanwhile);
+                                 int64_t n, int64_t D, float* panels, float* acc, int64_t ld, Meanwhile&& meanwhile = {}) {
+  for (int64_t first = 0; first < D; first += kValueCols) {
+    const int64_t cols = least(kValueCols, D - first);
+    pack_values(values + first, stride, n, cols, panels);
+    for (int64_t j = 0; j < cols; j += kCols) {
+      for (int64_t i = from, end; i < rows; i = end) {
+        for (end = i + 1; end < least(rows, i + kRows) && seen[end] == seen[i];) ++end;
+        tile_times_panel_n<QueryTile>(end - i, p + i * kBlockKeys, panels + j * n, acc + i * ld + first + j, ld, seen[i], meanwhile);
+      }
     }
   }
 }
@@ -102,9 +137,8 @@ inline void queries_times_values(const float* p, const int32_t* seen, int64_t fr
 template <class Element>
 struct FmaUnit {
   using T = Element;
-  static constexpr int64_t kTileRows = kRows;              // query rows that are multiplied together
-  static constexpr int64_t kPanelFloats = kDepth * kCols;  // one panel serves all products of an item: it stays in L1
-  struct Session {};                                       // alive while an item runs
+  static constexpr int64_t kTileRows = kRows;  // query rows that are multiplied together
+  struct Session {};                           // alive while an item runs
 
   // Query rows of D elements, packed.
   struct Queries {
@@ -181,7 +215,7 @@ struct ForwardPlans {
   const AttendShape& shape;
   float *panel, *first;
   ForwardPlans(Pieces& pieces, int64_t groups, int64_t row_count, const AttendShape& attend_shape, int64_t gathered)
-      : rows(row_count), gathered_rows(gathered), shape(attend_shape), panel(pieces.take(Unit::kPanelFloats)) {
+      : rows(row_count), gathered_rows(gathered), shape(attend_shape), panel(pieces.take(kPanelFloats)) {
     Pieces one{nullptr};
     [[maybe_unused]] const ForwardPlan<Unit> counted(one, rows, shape, gathered_rows, nullptr);
     size = one.used;
@@ -350,7 +384,7 @@ struct QueryGradientPlan {
   int32_t* seen;
   typename Unit::T* gathered;
   QueryGradientPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows)
-      : panel(pieces.take(Unit::kPanelFloats)),
+      : panel(pieces.take(kPanelFloats)),
         q(pieces, rows, shape.Dk, panel),
         d_out(pieces, rows, shape.Dv, panel),
         sums(pieces, rows, shape.Dk, panel) {

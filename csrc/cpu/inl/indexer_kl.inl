@@ -102,7 +102,7 @@ struct KlPlan {
     dots = pieces.take(index_rows * kBlockKeys);
     p = pieces.take(tokens * kBlockKeys);
     scores = pieces.take(tokens * kBlockKeys);
-    panel = pieces.take(kDepth * kCols);
+    panel = pieces.take(kPanelFloats);
     acc = pieces.take(backward ? index_rows * ld : 0);
     d_w = pieces.take(backward ? index_rows * 16 : 0);
     seen = reinterpret_cast<int32_t*>(pieces.take(main_rows));
