@@ -5,8 +5,9 @@
 //            that stay in L1 (16 per panel and vector); values are widened on their way into panels. One tile of rows packs no keys
 // Numerics   ops.h, "Attention". A row multiplies no key that it does not see, so a NaN in a later token stays there; X2 and X3 hold
 //            because a row's operations follow from its own sequence and position alone
-// Algorithm  work item = (sequence, kv head, block of query rows); its scores, sums and accumulators stay in L2. Backward: delta of every
-//            row; dq by the same items; dk and dv by items of (sequence, kv head, block of keys), which walk the query rows in order
+// Algorithm  work item = (sequence, kv head, block of query rows), or several kv heads of few rows: a block of 64 keys meets all of them,
+//            while the next block is fetched into L2; scores, sums and accumulators stay there. Backward: delta of every row; dq by the same
+//            items; dk and dv by items of (sequence, kv head, block of keys), which walk the query rows in order
 // Work/bytes forward 2*A*(Dk + Dv) flop per visible key, G*(Dk + Dv) elements; backward twice the products of scores, 5 more
 // Measured   see docs/ops/attention.md
 // Limits     checked in ops/attention.cpp
@@ -15,6 +16,7 @@
 
 // Rows of an item: queries and accumulators of 80K floats (320 KB) leave room in an L2 of 512 KB; beyond 192 rows packing keys is free.
 constexpr int64_t kItemFloats = 80 * 1024, kItemRows = 192;
+constexpr int64_t kItemKeyBytes = 512 * 1024;  // of a block of keys of an item's kv heads: more would not wait in L2 for its turn
 
 template <class T>
 struct CachedKeys {
@@ -71,12 +73,12 @@ struct Call {
   Call(const Params& params, int64_t most_groups)
       : p(params), block_rows(round_up(least(kItemRows, kItemFloats / (p.Dk + p.Dv) + 1), kTileRows)), groups(1), items(0) {
     // A decode step has few rows: their heads are split over items until each thread has two.
-    const int64_t wanted = parallel_threads() == 1 || work_ns(2) < kSmallWorkNs ? 1 : 2 * parallel_threads();
+    const int64_t threads = work_ns(2) < kSmallWorkNs ? 1 : parallel_threads(), wanted = threads == 1 ? 1 : 2 * threads;
     for (count_items(); items < wanted && block_rows > kTileRows; count_items()) block_rows = round_up(block_rows / 2, kTileRows);
     // Or so few that an item has room for several kv heads: their keys lie side by side, and are read as one stream.
-    int64_t most_rows = 1;
-    for (int64_t i = 0; i < p.sequences.B; ++i) most_rows = -least(-most_rows, -rows_of(p, i, 0).count);
-    while (2 * groups <= least(most_groups, block_rows / most_rows) && items / 2 >= wanted) {
+    for (int64_t i = 0; i < p.sequences.B; ++i) most_groups = least(most_groups, block_rows / (rows_of(p, i, 0).count + 1));
+    most_groups = least(most_groups, kItemKeyBytes / (kBlockKeys * (p.Dk + p.Dv) * dtype_size(p.dtype)));
+    while (2 * groups <= most_groups && items / 2 >= threads) {
       groups *= 2;
       count_items();
     }
