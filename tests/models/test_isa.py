@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tests.build.tree import ROOT, unavailable
 
 from glmx import _native
 
@@ -23,9 +23,13 @@ for case in FAMILIES:
 """
 
 
-def digest(isa):
-    env = {**os.environ, "GLMX_ISA": isa}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+# The core whose AMX tiles are software, of the C++ tests (tests/cpp/ops/CMakeLists.txt).
+TWIN = ROOT / "build/cpp-plain/tests/cpp/ops/twin"
+
+
+def digest(isa, **variables):
+    env = {**os.environ, "GLMX_ISA": isa, **variables}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *sys.path])
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(set(done.stdout.split())) == 6
@@ -35,6 +39,15 @@ def digest(isa):
 @pytest.fixture(scope="module")
 def base():
     return digest("base")
+
+
+def test_logits_on_software_tiles_equal_bases(base):
+    """All of the model's AMX kernels, on a CPU without AMX."""
+    if "avx512" not in _native.supported_isas():
+        pytest.skip("this machine has no avx512")
+    if not TWIN.exists():
+        unavailable("the C++ tests are not built: python tests/run.py cpp")
+    assert digest("amx", LD_LIBRARY_PATH=str(TWIN)) == base
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "amx"])
