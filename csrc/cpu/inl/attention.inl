@@ -6,8 +6,8 @@
 // Numerics   ops.h, "Attention". A row multiplies no key that it does not see, so a NaN in a later token stays there; X2 and X3 hold
 //            because a row's operations follow from its own sequence and position alone
 // Algorithm  work item = (sequence, kv head, block of query rows), or several kv heads of few rows: a block of 64 keys meets all of them,
-//            while the next block is fetched into L2; scores, sums and accumulators stay there. Backward: delta of every row; dq by the same
-//            items; dk and dv by items of (sequence, kv head, block of keys), which walk the query rows in order
+//            while the next block is fetched into L2; scores, sums and accumulators stay there. Backward: delta of every row; dq by the
+//            same items; dk and dv by items of (sequence, kv head, block of keys), which walk the query rows in order
 // Work/bytes forward 2*A*(Dk + Dv) flop per visible key, G*(Dk + Dv) elements; backward twice the products of scores, 5 more
 // Measured   see docs/ops/attention.md
 // Limits     checked in ops/attention.cpp
