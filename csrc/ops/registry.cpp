@@ -23,6 +23,7 @@ const std::vector<OpInfo>& op_table() {
       indexer_topk_info(),
       sparse_mla_info(),
       indexer_kl_info(),
+      sample_info(),
       rms_norm_info(),
       add_rms_norm_info(),
       layer_norm_info(),

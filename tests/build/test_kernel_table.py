@@ -25,6 +25,7 @@ EXPECTED = {
     "indexer_topk": VECTOR,
     "sparse_mla": VECTOR,
     "indexer_kl": VECTOR,
+    "sample": VECTOR,
     "rms_norm": VECTOR,
     "add_rms_norm": VECTOR,
     "layer_norm": VECTOR,

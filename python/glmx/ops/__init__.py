@@ -20,6 +20,7 @@ from glmx.ops.moe_combine import moe_combine
 from glmx.ops.rms_norm import rms_norm
 from glmx.ops.rope import rope, rope_cos_sin
 from glmx.ops.route_topk import route_topk
+from glmx.ops.sample import sample
 from glmx.ops.silu_mul import silu_mul
 from glmx.ops.sparse_mla import sparse_mla
 from glmx.ops.sum_squares import sum_squares
@@ -47,6 +48,7 @@ __all__ = [
     "rope",
     "rope_cos_sin",
     "route_topk",
+    "sample",
     "silu_mul",
     "sparse_mla",
     "sum_squares",
