@@ -24,6 +24,7 @@ const std::vector<OpInfo>& op_table() {
       sparse_mla_info(),
       indexer_kl_info(),
       sample_info(),
+      mtp_verify_info(),
       rms_norm_info(),
       add_rms_norm_info(),
       layer_norm_info(),

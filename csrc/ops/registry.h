@@ -14,6 +14,7 @@ OpInfo indexer_topk_info();
 OpInfo sparse_mla_info();
 OpInfo indexer_kl_info();
 OpInfo sample_info();
+OpInfo mtp_verify_info();
 OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();
 OpInfo layer_norm_info();

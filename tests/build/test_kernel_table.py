@@ -26,6 +26,7 @@ EXPECTED = {
     "sparse_mla": VECTOR,
     "indexer_kl": VECTOR,
     "sample": VECTOR,
+    "mtp_verify": VECTOR,
     "rms_norm": VECTOR,
     "add_rms_norm": VECTOR,
     "layer_norm": VECTOR,

@@ -43,6 +43,7 @@ STEMS = {
     "sparse_mla": ("sparse_mla",),
     "indexer_kl": ("indexer_kl",),
     "sample": ("sample",),
+    "mtp_verify": ("mtp_verify",),
 }
 
 
@@ -1208,6 +1209,47 @@ def sample_cases() -> Iterator[Case]:
             "draw": 3,
         },
     )
+
+
+def verify_operands(
+    B: int, K: int, V: int, mode: str, *, ruled: bool = False, probs: bool = False, seed: int = 0, scale: float = 2.0
+) -> dict[str, Any]:
+    """Drafts that the model often agrees with: mostly the largest logits, others at random, some chains shorter."""
+    logits = values(B, K + 1, V, seed=seed, scale=scale)
+    drafts = logits[:, :K].argmax(-1)
+    drafts = torch.where(ids(B, K, high=4, seed=seed) == 0, ids(B, K, high=V, seed=seed + 1), drafts)
+    drafts = torch.where(ids(B, K, high=12, seed=seed + 2) == 0, -1, drafts)
+    rules = sampling_rules(B, K + 1, V=V, seed=seed)
+    rules["seeds"], rules["positions"] = torch.arange(B) * 991 - 3, torch.arange(B) * 17
+    if ruled:
+        rules |= histories(B, K + 1, V=V, seed=seed)
+    if probs:  # sums are near 1, which nobody checks; some entries are zero
+        rules["draft_probs"] = values(B, K, V, seed=seed + 3).clamp(min=0) / (0.2 * V)
+    return {"draft_ids": drafts, "logits": logits, "mode": mode, **rules}
+
+
+def mtp_verify_cases() -> Iterator[Case]:
+    for mode, probs in (("greedy", False), ("sample", False), ("rejection", False), ("rejection", True)):
+        name = mode + ("-probs" if probs else "")
+        for B, K, V in [(1, 1, 1), (9, 3, 7), (12, 4, 60), (6, 2, 1100), (0, 2, 5), (4, 0, 9)]:
+            for ruled in (False, True):
+                yield Case(
+                    "mtp_verify",
+                    f"{name}-{B}x{K}x{V}{'-ruled' if ruled else ''}",
+                    lambda B=B, K=K, V=V, mode=mode, ruled=ruled, probs=probs: verify_operands(
+                        B, K, V, mode, ruled=ruled, probs=probs
+                    ),
+                )
+        yield Case(
+            "mtp_verify",
+            f"{name}-wild",
+            lambda mode=mode, probs=probs: {
+                **(kwargs := verify_operands(10, 3, 40, mode, probs=probs)),
+                "logits": wild(10, 4, 40),
+                **({"draft_probs": wild(10, 3, 40, seed=1)} if probs else {}),
+                "temperature": 1.0 + kwargs["temperature"],
+            },
+        )
 
 
 CASES: dict[str, list[Case]] = {

@@ -404,6 +404,33 @@ struct SampleParams {
 };
 void sample(const SampleParams& p);
 
+// mtp_verify: of each sequence's chain of drafts, those that the model accepts, and one token of its own behind them.
+//   Row j of a sequence holds the logits that judge draft j, rules and all; a draft of -1 ends the chain. Rows are taken in order until one
+//   gives another token than its draft; rows behind it are not read.
+//   greedy     the row's token is that of sample at temperature 0
+//   sample     it is that of sample, draw kDrawTarget: the tokens are those of plain sampling under the same seed, whatever the drafts
+//   rejection  with P the masses of the row's kept tokens and S their sum, in units of the largest, and q the draft's own distribution
+//              (NaN and negative count as 0; without draft_probs 1 for the draft and 0 else): the draft is accepted if
+//              u * q(draft) * S < P(draft), fp64, from the left, u = coin(kDrawAccept) / 2^24. So a draft without mass never is.
+//              A refused draft is replaced by the token at coin(kDrawResidual) of the masses max(0, P - q * S), fp64, rounded to whole
+//              multiples of 2^-42; of P if all those are 0. Where no draft is left the row's token is that of sample, draw kDrawTarget.
+//              If drafts are drawn from q with coins that are none of these, tokens are distributed as those of plain sampling.
+inline constexpr int kMtpVerifyRevision = 1;
+enum class VerifyMode : int64_t { greedy = 0, sample = 1, rejection = 2 };
+struct MtpVerifyParams {
+  const int64_t* draft_ids;  // [B, K], each in [0, V), or -1: no draft here, and those behind it do not count
+  const float* logits;       // [B, K + 1, V]
+  const float* draft_probs;  // [B, K, V], or null; with rejection only
+  int64_t* tokens;           // [B, K + 1]: accepted drafts, the model's own token, then -1
+  int64_t* accepted;         // [B]: how many drafts
+  int64_t* packed_ids;       // [B * (K + 1)]: the tokens of all sequences one behind the other, then -1
+  int32_t* packed_offsets;   // [B + 1]: where those of each sequence begin and end
+  SampleRules rules;         // R = B * (K + 1) rows
+  int64_t B, K, V;           // B * (K + 1) < 2^31
+  VerifyMode mode;
+};
+void mtp_verify(const MtpVerifyParams& p);
+
 // rms_norm: y = weight * round(x * rsqrt(mean(x^2) + eps)), rounded to dtype before and after the weight (Hugging Face order).
 //   1 / sqrt is computed as an exact square root and an exact division.
 inline constexpr int kRmsNormRevision = 1;

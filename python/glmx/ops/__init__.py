@@ -17,6 +17,7 @@ from glmx.ops.indexer_topk import indexer_topk
 from glmx.ops.layer_norm import layer_norm
 from glmx.ops.lm_head_logprob import LogProbs, lm_head_logprob
 from glmx.ops.moe_combine import moe_combine
+from glmx.ops.mtp_verify import Verified, mtp_verify
 from glmx.ops.rms_norm import rms_norm
 from glmx.ops.rope import rope, rope_cos_sin
 from glmx.ops.route_topk import route_topk
@@ -29,6 +30,7 @@ __all__ = [
     "Attended",
     "ExpertPlan",
     "LogProbs",
+    "Verified",
     "add_rms_norm",
     "attention",
     "cache_append",
@@ -44,6 +46,7 @@ __all__ = [
     "linear",
     "lm_head_logprob",
     "moe_combine",
+    "mtp_verify",
     "rms_norm",
     "rope",
     "rope_cos_sin",

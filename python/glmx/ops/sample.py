@@ -95,7 +95,7 @@ def _lead(logits: Tensor) -> torch.Size:
     return logits.shape[:-1]
 
 
-def _rows(value: Any, name: str, lead: torch.Size, dtype: torch.dtype, *width: int) -> Tensor:
+def per_row(value: Any, name: str, lead: torch.Size, dtype: torch.dtype, *width: int) -> Tensor:
     """The values of every row, flat. Integers are not made from fractions."""
     if isinstance(value, (int, float)):
         return torch.full((lead.numel(),), value, dtype=dtype)
@@ -114,12 +114,12 @@ def rule_tensors(logits: Tensor, **given: Any) -> list[Tensor | None]:
     """The arguments that sample and mtp_verify share, in the order of their torch ops."""
     lead, i64, f32 = _lead(logits), torch.int64, torch.float32
     rules: list[Tensor | None] = [
-        _rows(given["seeds"], "seeds", lead, i64),
-        _rows(given["positions"], "positions", lead, i64),
-        _rows(given["temperature"], "temperature", lead, f32),
-        _rows(given["top_k"], "top_k", lead, i64),
-        _rows(given["top_p"], "top_p", lead, f32),
-        _rows(given["min_p"], "min_p", lead, f32),
+        per_row(given["seeds"], "seeds", lead, i64),
+        per_row(given["positions"], "positions", lead, i64),
+        per_row(given["temperature"], "temperature", lead, f32),
+        per_row(given["top_k"], "top_k", lead, i64),
+        per_row(given["top_p"], "top_p", lead, f32),
+        per_row(given["min_p"], "min_p", lead, f32),
     ]
     history, bias_spans = given["history"], given["bias_spans"]
     if history is None:
@@ -128,9 +128,9 @@ def rule_tensors(logits: Tensor, **given: Any) -> list[Tensor | None]:
                 raise ValueError(f"{name}: expected a history with it: got none")
         rules += [None] * 5
     else:
-        rules += [given["token_ids"], _rows(history, "history", lead, i64, 3)]
+        rules += [given["token_ids"], per_row(history, "history", lead, i64, 3)]
         for name, neutral in _NEUTRAL.items():
-            rules.append(_rows(neutral if given[name] is None else given[name], name, lead, f32))
+            rules.append(per_row(neutral if given[name] is None else given[name], name, lead, f32))
     if bias_spans is not None:
-        bias_spans = _rows(bias_spans, "bias_spans", lead, i64, 2)
+        bias_spans = per_row(bias_spans, "bias_spans", lead, i64, 2)
     return [*rules, given["bias_ids"], given["bias_values"], bias_spans]

@@ -518,7 +518,30 @@ void sample_case(int64_t R, int64_t V) {
   record("sample", label("ids", DType::f32, V), ids);
 }
 
+void mtp_verify_case(int64_t B, int64_t K, int64_t V, glmx::VerifyMode mode, bool with_probs) {
+  const int64_t rows = B * (K + 1);
+  const Bytes logits = values(DType::f32, rows * V), drafts = integers<int64_t>(B * K, V, -1), probs = values(DType::f32, B * K * V);
+  const Bytes tokens = room(DType::i64, rows), accepted = room(DType::i64, B), packed = room(DType::i64, rows),
+              offsets = room(DType::i32, B + 1);
+  const Rules rules(rows, V);
+  glmx::MtpVerifyParams p{};
+  p.draft_ids = drafts.as<int64_t>(), p.logits = logits.as<float>(), p.draft_probs = with_probs ? probs.as<float>() : nullptr;
+  p.tokens = tokens.as<int64_t>(), p.accepted = accepted.as<int64_t>(), p.packed_ids = packed.as<int64_t>();
+  p.packed_offsets = offsets.as<int32_t>(), p.rules = rules.params, p.B = B, p.K = K, p.V = V, p.mode = mode;
+  glmx::mtp_verify(p);
+  const std::string name = label(with_probs ? "probs" : "ids", DType::f32, V) + "_" + std::to_string(static_cast<int>(mode));
+  record("mtp_verify", name + "_tokens", tokens);
+  record("mtp_verify", name + "_accepted", accepted);
+  record("mtp_verify", name + "_packed", packed);
+  record("mtp_verify", name + "_offsets", offsets);
+}
+
 void run_all() {
+  for (int64_t V : {3, 130, 1100}) {
+    for (auto mode : {glmx::VerifyMode::greedy, glmx::VerifyMode::sample, glmx::VerifyMode::rejection})
+      mtp_verify_case(30, 3, V, mode, false);
+    mtp_verify_case(30, 3, V, glmx::VerifyMode::rejection, true);
+  }
   for (int64_t V : {1, 15, 130, 1024, 1100}) sample_case(40, V);
   for (DType dtype : {DType::f32, DType::bf16}) {
     for (int64_t H : {1, 15, 16, 33, 130}) rms_norm_case(dtype, 67, H);
