@@ -285,6 +285,8 @@ GOOD: dict[str, Any] = {
         ({"temperature": 1e-31}, "temperature: "),
         ({"top_k": -1}, "top_k: expected 0 .all. or at least 1: got -1"),
         ({"top_k": torch.tensor(1.5)}, "top_k: expected integers"),
+        ({"top_k": 1.5}, "top_k: expected integers"),
+        ({"seeds": [1, 1.5]}, "seeds: expected integers"),
         ({"top_p": 0.0}, "top_p: expected 0 < top_p <= 1: got 0"),
         ({"top_p": [0.5, 1.5]}, "top_p: .*: got 1.5 in row 1"),
         ({"top_p": NAN}, "top_p: "),

@@ -97,10 +97,10 @@ def _lead(logits: Tensor) -> torch.Size:
 
 def per_row(value: Any, name: str, lead: torch.Size, dtype: torch.dtype, *width: int) -> Tensor:
     """The values of every row, flat. Integers are not made from fractions."""
-    if isinstance(value, (int, float)):
-        return torch.full((lead.numel(),), value, dtype=dtype)
-    tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else dtype)
-    if tensor.is_floating_point() != dtype.is_floating_point and tensor.is_floating_point():
+    if isinstance(value, int) or (isinstance(value, float) and dtype.is_floating_point):
+        return torch.full((lead.numel(), *width), value, dtype=dtype)
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel() > 0:
         raise ValueError(f"{name}: expected integers: got {tensor.dtype}")
     try:
         spread = tensor.to(dtype).broadcast_to(*lead, *width)
