@@ -64,6 +64,9 @@ def mtp_verify(
         temperature, ..., bias_spans: as in `sample`, for rows [B, K+1]: each position may have its own. The history of
             row j holds the drafts before it.
 
+    Returns:
+        Verified(tokens, accepted, packed_ids, packed_offsets): from 1 to K+1 tokens of each sequence, padded and packed.
+
     Raises:
         ValueError: dtypes or shapes that do not fit, an unknown mode, or a value outside its range.
 
