@@ -65,7 +65,7 @@ def mtp_verify(
             row j holds the drafts before it.
 
     Returns:
-        Verified(tokens, accepted, packed_ids, packed_offsets): from 1 to K+1 tokens of each sequence, padded and packed.
+        Verified(tokens, accepted, packed_ids, packed_offsets): 1 to K+1 tokens of each sequence, padded and packed.
 
     Raises:
         ValueError: dtypes or shapes that do not fit, an unknown mode, or a value outside its range.
