@@ -98,6 +98,15 @@ def test_top_k_sets_are_those_of_a_stable_sort(kind: Any, top_k: int) -> None:
     assert drawn_set(logits, 12 * top_k, top_k=top_k, temperature=1e30) == set(order[:top_k].tolist())
 
 
+def test_a_nan_is_the_last_choice() -> None:
+    logits = torch.tensor([[NAN, 1.0, NAN, 1.5, -1.0, NAN, -INF, 0.5]])
+    flat = {"temperature": 1e30}
+    assert drawn_set(logits, 100, top_k=3, **flat) == {1, 3, 7}
+    assert drawn_set(logits, 100, top_k=4, **flat) == drawn_set(logits, 100, top_k=7, **flat) == {1, 3, 4, 7}
+    assert drawn_set(logits, 100, top_p=0.75, **flat) == {1, 3, 7}
+    assert drawn_set(logits, 100, min_p=1.0) == {3}
+
+
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.5, 4), (0.5 + 2**-24, 5), (0.5 - 2**-24, 4), (1e-9, 1), (1 - 2**-24, 8)]
 )
@@ -108,6 +117,23 @@ def test_top_p_sets_end_exactly_on_an_edge(top_p: float, kept: int) -> None:
     logits[0, high] = 2.0
     assert drawn_set(logits, 400, top_p=top_p) == set(high[:kept].tolist())
     assert drawn_set(logits, 400, top_p=top_p, top_k=50) == set(high[:kept].tolist())
+
+
+def test_a_nucleus_is_rounded_up_to_a_whole_unit() -> None:
+    """Two tokens of 2^42 and 2^18 + 1 units: 1 - 2^-24 of them is 2^42 + 0.98, which the first alone does not reach.
+    The last coin of all, which seed 33154074 has at position 100, shows whether the second one stayed.
+    """
+    units, seed = 2**18 + 1, 33154074
+    assert coin(seed, 100) == 2**24 - 1
+    low = torch.tensor(math.log(units * 2.0**-42))
+    for _ in range(20):
+        logits = torch.stack((torch.zeros(()), low))
+        mass = kept_tokens(ruled(logits), 1.0, 0, 1.0, 0.0).mass.tolist()
+        if mass == [2**42, units]:
+            break
+        low = torch.nextafter(low, torch.tensor(0.0 if mass[1] < units else -20.0))
+    assert mass == [2**42, units]
+    assert ops.sample(logits, seeds=seed, positions=100, top_p=1 - 2**-24).item() == 1
 
 
 def test_top_p_sets_against_fp64() -> None:
