@@ -6,7 +6,7 @@
 //            blocks nor the way a set is found can show. X1, X2, X5: a row reads nothing but itself, and e^z is one polynomial
 // Algorithm  an item is a row. One pass: the largest logit, and that of each lane of 1024 tokens; a greedy row is done but for a look at
 //            one block. No set asked for: a second pass sums the masses of blocks, the coin picks a block, which is weighed again.
-//            top-p: lists of the tokens above z = -4, -8, ... until one holds enough; top-k: a list of those not below the k-th of the
+//            top-p: lists of the tokens above z = -4, -6, ... until one holds enough; top-k: a list of those not below the k-th of the
 //            lanes' largest. A list is cut by a radix select over counts or masses, three histograms, never sorted; the coin walks it
 // Work/bytes 4*V bytes a row once if greedy, twice else, then from the cache; about 25 instructions for 16 masses: bound by arithmetic
 // Measured   docs/ops/sample.md

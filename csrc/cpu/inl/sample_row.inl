@@ -241,8 +241,8 @@ inline Odds row_odds(const SampleRules& rules, int64_t r, const float* logits, i
     if (top_p >= 1.0f) return odds;
     need = nucleus(odds.total, top_p);
     const float last = nucleus_floor(odds.total, top_p, V);
-    for (float floor = -4.0f;; floor *= 2.0f) {  // most nuclei lie high, and short lists are cheap
-      if (floor - 4.0f < last) floor = last;
+    for (float floor = -4.0f;; floor -= 2.0f) {  // most nuclei lie high, and short lists are cheap
+      if (floor - 2.0f < last) floor = last;
       odds.n = list_above(odds.all, lowest, set1(floor < least_z ? least_z : floor), s);
       if (weigh_list(s, odds.n, scale) >= need || floor == last) break;
     }
