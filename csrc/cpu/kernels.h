@@ -21,6 +21,8 @@
   void sparse_mla_backward(const SparseMlaBackwardParams& p);      \
   void indexer_kl(const IndexerKlParams& p);                       \
   void indexer_kl_backward(const IndexerKlBackwardParams& p);      \
+  void sample(const SampleParams& p);                              \
+  void mtp_verify(const MtpVerifyParams& p);                       \
   void rms_norm(const RmsNormParams& p);                           \
   void rms_norm_backward(const RmsNormBackwardParams& p);          \
   void add_rms_norm(const AddRmsNormParams& p);                    \

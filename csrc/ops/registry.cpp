@@ -27,6 +27,8 @@ const std::vector<OpInfo>& op_table() {
       sparse_mla_info(DType::bf16),
       sparse_mla_info(DType::f32),
       indexer_kl_info(),
+      sample_info(),
+      mtp_verify_info(),
       rms_norm_info(),
       add_rms_norm_info(),
       layer_norm_info(),

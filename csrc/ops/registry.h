@@ -12,6 +12,8 @@ OpInfo attention_info(DType operands);
 OpInfo indexer_topk_info(DType operands);
 OpInfo sparse_mla_info(DType operands);
 OpInfo indexer_kl_info();
+OpInfo sample_info();
+OpInfo mtp_verify_info();
 OpInfo rms_norm_info();
 OpInfo add_rms_norm_info();
 OpInfo layer_norm_info();

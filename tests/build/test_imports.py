@@ -15,14 +15,7 @@ ALLOWED = {
     "cli": {"train", "rl", "serve", "eval", "data", "models", "ops", "runtime"},
     "train": {"data", "models", "layers", "ops", "runtime"},
     "rl": {"train", "serve", "data", "models", "layers", "ops", "runtime"},
-    "serve": {
-        "data",
-        "models",
-        "layers",
-        "ops",
-        "reference",
-        "runtime",
-    },  # reference: sample.py, until the op `sample` (step 4)
+    "serve": {"data", "models", "layers", "ops", "runtime"},
     "eval": {"serve", "data", "models", "layers", "ops"},
     "models": {"layers", "ops", "jsonfile"},
     "layers": {"ops"},

@@ -30,6 +30,8 @@ EXPECTED = {
     "sparse_mla bf16": TILES,
     "sparse_mla fp32": VECTOR,
     "indexer_kl": VECTOR,
+    "sample": VECTOR,
+    "mtp_verify": VECTOR,
     "rms_norm": VECTOR,
     "add_rms_norm": VECTOR,
     "layer_norm": VECTOR,

@@ -14,7 +14,7 @@ BASE_ONLY = {
     "expert_plan": "a counting sort of int32: no arithmetic that a wider vector would speed up",
     "cache_append": "copies: memcpy is the C library's, which picks its own vectors",
 }
-BENCHED = ["grouped_gemm", "attention", "indexer_kl", "indexer_topk"]  # every op from step 5
+BENCHED = ["grouped_gemm", "attention", "indexer_kl", "indexer_topk", "sample"]  # every op from step 5
 
 
 @pytest.fixture(params=stems())

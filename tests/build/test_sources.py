@@ -11,6 +11,7 @@ from tests.build.tree import ROOT, relative, sources, stems
 SHARED = {"vec_math.inl", "rows.inl", "rms_row.inl", "sizes.inl", "math64.inl"}
 SHARED |= {"gemm_tile.inl", "gemm_driver.inl", "gemm_epilogue.inl"}
 SHARED |= {"attend.inl", "key_rows.inl", "key_lists.inl", "index_score.inl", "largest.inl", "pieces.inl"}
+SHARED |= {"mass.inl", "philox.inl", "sample_row.inl"}
 FIELDS = ("Contract", "Shapes", "Layout", "Numerics", "Algorithm", "Work/bytes", "Measured", "Limits")
 
 
@@ -27,7 +28,12 @@ def test_torch_is_included_in_csrc_torch_alone():
 
 
 def test_only_the_stable_headers_of_torch():
-    allowed = ("torch/csrc/stable/", "torch/headeronly/", "torch/bind.h")  # bind.h is csrc/torch/bind.h
+    allowed = (
+        "torch/csrc/stable/",
+        "torch/headeronly/",
+        "torch/bind.h",
+        "torch/sample_rules.h",
+    )  # the last two are ours
     for path in sources(".cpp", ".h", under="csrc/torch"):
         for name in re.findall(r'#\s*include\s*[<"](torch/[^>"]+)', path.read_text()):
             assert name.startswith(allowed), f"{relative(path)}: {name} is not part of torch's stable ABI"

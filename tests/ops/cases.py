@@ -42,6 +42,8 @@ STEMS = {
     "indexer_topk": ("indexer_topk",),
     "sparse_mla": ("sparse_mla",),
     "indexer_kl": ("indexer_kl",),
+    "sample": ("sample",),
+    "mtp_verify": ("mtp_verify",),
 }
 
 
@@ -1136,6 +1138,118 @@ def indexer_kl_cases() -> Iterator[Case]:
                     },
                     leaves,
                 )
+
+
+# --- sampling
+# ---------------------------------------------------------------------------------------------------
+
+
+def sampling_rules(*lead: int, seed: int = 0, V: int) -> dict[str, Any]:
+    """One of everything for each row: rules of every kind, and none, in many combinations."""
+    rows = torch.arange(seed, seed + torch.Size(lead).numel()).view(lead)
+    pick = lambda options, step: torch.tensor(options)[rows // step % len(options)]
+    return {
+        "seeds": rows * 1_000_003 - 5,
+        "positions": rows % 7 + (1 << 33) * (rows % 2),
+        "temperature": pick([1.0, 0.7, 0.0, 2.5, 1.0], 1),
+        "top_k": pick([0, 5, 0, 60, 1], 2),
+        "top_p": pick([1.0, 0.9, 0.5], 1),
+        "min_p": pick([0.0, 0.0, 0.02, 1.0], 3),
+    }
+
+
+def histories(*lead: int, V: int, seed: int = 0) -> dict[str, Any]:
+    """Overlapping spans of one list, some of them empty, and biases."""
+    rows = torch.arange(torch.Size(lead).numel()).view(lead)
+    begin = rows % 5 * 3
+    return {
+        "token_ids": ids(40, high=V, seed=seed),
+        "history": torch.stack((begin, begin + rows % 3 * 4, begin + rows % 3 * 4 + rows % 4 * 5), -1),
+        "repetition_penalty": 1.0 + rows % 3 * 0.25,
+        "presence_penalty": 0.5,
+        "frequency_penalty": (rows % 2) * 0.75 - 0.25,
+        "bias_ids": ids(9, high=V, seed=seed + 1),
+        "bias_values": values(9, seed=seed + 2, scale=3.0),
+        "bias_spans": torch.stack((rows % 4, rows % 4 + rows % 6), -1),
+    }
+
+
+def sample_cases() -> Iterator[Case]:
+    for R, V in [(1, 1), (24, 7), (60, 50), (30, 1025), (20, 3000), (0, 5)]:
+        for ruled in (False, True):
+
+            def make(R: int = R, V: int = V, ruled: bool = ruled) -> dict[str, Any]:
+                kwargs = {"logits": values(R, V, seed=V, scale=3.0), **sampling_rules(R, V=V)}
+                return {**kwargs, **histories(R, V=V)} if ruled else kwargs
+
+            yield Case("sample", f"{R}x{V}{'-ruled' if ruled else ''}", make)
+    for name, logits in (
+        ("ties", lambda: few_values(30, 500)),
+        ("sharp", lambda: values(30, 2000, scale=30.0)),
+        ("wild", lambda: wild(30, 90)),
+        ("wild-denormal", lambda: spread(30, 40, low=-134, high=-120)),
+        ("nan-rows", lambda: torch.tensor([NAN, -INF, 0.0, INF, INF, NAN])[ids(30, 6, high=6)]),
+    ):
+        for ruled in (False, True):
+
+            def make_kind(logits: Callable = logits, ruled: bool = ruled) -> dict[str, Any]:
+                x = logits()
+                kwargs = {"logits": x, **sampling_rules(30, V=x.shape[1], seed=7)}
+                return {**kwargs, **histories(30, V=x.shape[1])} if ruled else kwargs
+
+            yield Case("sample", f"{name}{'-ruled' if ruled else ''}", make_kind)
+    yield Case(
+        "sample",
+        "per-position",
+        lambda: {
+            "logits": values(4, 3, 100, scale=2.0),
+            **sampling_rules(4, 3, V=100),
+            **histories(4, 3, V=100),
+            "seeds": torch.arange(4)[:, None],
+            "draw": 3,
+        },
+    )
+
+
+def verify_operands(
+    B: int, K: int, V: int, mode: str, *, ruled: bool = False, probs: bool = False, seed: int = 0, scale: float = 2.0
+) -> dict[str, Any]:
+    """Drafts that the model often agrees with: mostly the largest logits, others at random, some chains shorter."""
+    logits = values(B, K + 1, V, seed=seed, scale=scale)
+    drafts = logits[:, :K].argmax(-1)
+    drafts = torch.where(ids(B, K, high=4, seed=seed) == 0, ids(B, K, high=V, seed=seed + 1), drafts)
+    drafts = torch.where(ids(B, K, high=12, seed=seed + 2) == 0, -1, drafts)
+    rules = sampling_rules(B, K + 1, V=V, seed=seed)
+    rules["seeds"], rules["positions"] = torch.arange(B) * 991 - 3, torch.arange(B) * 17
+    if ruled:
+        rules |= histories(B, K + 1, V=V, seed=seed)
+    if probs:  # sums are near 1, which nobody checks; some entries are zero
+        rules["draft_probs"] = values(B, K, V, seed=seed + 3).clamp(min=0) / (0.2 * V)
+    return {"draft_ids": drafts, "logits": logits, "mode": mode, **rules}
+
+
+def mtp_verify_cases() -> Iterator[Case]:
+    for mode, probs in (("greedy", False), ("sample", False), ("rejection", False), ("rejection", True)):
+        name = mode + ("-probs" if probs else "")
+        for B, K, V in [(1, 1, 1), (9, 3, 7), (12, 4, 60), (6, 2, 1100), (0, 2, 5), (4, 0, 9)]:
+            for ruled in (False, True):
+                yield Case(
+                    "mtp_verify",
+                    f"{name}-{B}x{K}x{V}{'-ruled' if ruled else ''}",
+                    lambda B=B, K=K, V=V, mode=mode, ruled=ruled, probs=probs: verify_operands(
+                        B, K, V, mode, ruled=ruled, probs=probs
+                    ),
+                )
+        yield Case(
+            "mtp_verify",
+            f"{name}-wild",
+            lambda mode=mode, probs=probs: {
+                **(kwargs := verify_operands(10, 3, 40, mode, probs=probs)),
+                "logits": wild(10, 4, 40),
+                **({"draft_probs": wild(10, 3, 40, seed=1)} if probs else {}),
+                "temperature": 1.0 + kwargs["temperature"],
+            },
+        )
 
 
 CASES: dict[str, list[Case]] = {

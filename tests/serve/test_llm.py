@@ -98,6 +98,72 @@ def test_each_token_is_the_samplers_at_its_position(llm):
     assert token_ids == expected.tolist()
 
 
+def test_penalties_and_biases_are_the_samplers(llm):
+    """Each token is the oracle's for the text so far; a batch mixes requests with rules and without."""
+    rules = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": -0.4, "min_p": 0.02}
+    bias = {9: 2.5, 30: -100.0, 11: 1.0}
+    asked = prompts(llm, 3)
+    params = [
+        glmx.SamplingParams(temperature=1.2, seed=3, max_tokens=10, ignore_eos=True),
+        glmx.SamplingParams(temperature=1.2, seed=4, max_tokens=10, ignore_eos=True, logit_bias=bias, **rules),
+        glmx.SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, frequency_penalty=2.0),
+    ]
+    outs = [out.outputs[0].token_ids for out in llm.generate(asked, params)]
+    for prompt, ids, p in zip(asked, outs, params, strict=True):
+        with torch.no_grad():
+            logits = llm.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        ends = torch.arange(len(prompt), len(prompt) + 10)
+        expected = sample(
+            logits,
+            seeds=p.seed or 0,
+            positions=ends,
+            temperature=p.temperature,
+            min_p=p.min_p,
+            token_ids=torch.tensor(prompt + ids),
+            history=torch.stack((torch.zeros_like(ends), torch.full_like(ends, len(prompt)), ends), -1),
+            repetition_penalty=p.repetition_penalty,
+            presence_penalty=p.presence_penalty,
+            frequency_penalty=p.frequency_penalty,
+            bias_ids=torch.tensor(list(p.logit_bias or {0: 0})),
+            bias_values=torch.tensor(list((p.logit_bias or {0: 0}).values()), dtype=torch.float32),
+            bias_spans=torch.tensor([0, len(p.logit_bias or {0: 0})]),
+        )
+        assert ids == expected.tolist()
+    assert len(set(outs[2])) == 10, "greedy repeats itself, and a frequency penalty of 2 stops that"
+
+
+def test_a_bias_for_a_token_that_is_not_there(llm):
+    with pytest.raises(ValueError, match=r"logit_bias names token id 304, outside the vocabulary 0..303"):
+        llm.generate([[5, 6]], glmx.SamplingParams(logit_bias={304: 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("min_p", float("nan")),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", {-1: 0.0}),
+        ("logit_bias", {"7": 0.0}),
+        ("logit_bias", {7: 101}),
+        ("logit_bias", {7: float("nan")}),
+    ],
+)
+def test_rules_outside_their_range(field, value):
+    with pytest.raises(ValueError, match=f"^{field}.* expected "):
+        glmx.SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(("seed", "top_p"), [(2**63, 1.0), (-(2**70) + 3, 0.9), (5, 1e-60)])
+def test_seeds_and_masses_of_any_size(llm, seed, top_p):
+    params = glmx.SamplingParams(seed=seed, top_p=top_p, max_tokens=3, ignore_eos=True)
+    first, again = (llm.generate([[5, 6]], params)[0].outputs[0].token_ids for _ in range(2))
+    assert first == again and len(first) == 3
+
+
 def test_requests_without_a_seed_differ_and_repeat(directory):
     params = glmx.SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True)
 

@@ -44,14 +44,23 @@ def test_fields_reach_the_sampling_params():
     assert chat(logprobs=True, top_logprobs=3).sampling_params(1).logprobs == 3
 
 
+def test_rules_of_sampling_reach_the_engine():
+    rules = {"presence_penalty": 0.5, "frequency_penalty": -2, "repetition_penalty": 1.2, "min_p": 0.05}
+    for call in (chat, text):
+        params = call(**rules, logit_bias={"7": 100, "0": -1.5}).sampling_params(1)
+        assert {name: getattr(params, name) for name in rules} == rules and params.penalised
+        assert params.logit_bias == {7: 100, 0: -1.5}
+        assert not call(presence_penalty=0, logit_bias={}).sampling_params(1).penalised
+
+
 def test_the_limit_of_a_chat_has_two_names():
     assert chat().token_limit is None and chat(max_tokens=3).token_limit == 3
     assert chat(max_completion_tokens=4, max_tokens=3).token_limit == 4
 
 
 def test_what_asks_for_nothing_is_accepted():
-    nothing = {"n": 1, "best_of": 1, "echo": False, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": []}
-    nothing |= {"response_format": {"type": "text"}, "logit_bias": {}, "tool_choice": "auto", "suffix": None}
+    nothing = {"n": 1, "best_of": 1, "echo": False, "tools": []}
+    nothing |= {"response_format": {"type": "text"}, "tool_choice": "auto", "suffix": None}
     nothing |= dict.fromkeys(protocol.IGNORED, "anything") | dict.fromkeys(protocol.UNSUPPORTED)
     assert chat(**nothing) == chat() and text(**nothing) == text()
 
@@ -68,7 +77,15 @@ def test_what_asks_for_nothing_is_accepted():
             'response_format is {"type":"json_object"}: not supported',
             "response_format",
         ),
-        ({"presence_penalty": 0.5}, "presence_penalty is 0.5: not supported", "presence_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5, expected -2 to 2", "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3.0, expected -2 to 2", "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0, expected 1e-30 to 1e30", "repetition_penalty"),
+        ({"min_p": 1.5}, "min_p is 1.5, expected 0 <= min_p <= 1", "min_p"),
+        ({"min_p": "low"}, 'min_p is "low", expected float', "min_p"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5] is 101.0, expected -100 to 100", "logit_bias"),
+        ({"logit_bias": {"x": 1}}, 'logit_bias names "x", expected token ids', "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, 'logit_bias names "-1", expected token ids', "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias is [5], expected object", "logit_bias"),
         ({"model": None}, "model is required", "model"),
         ({"model": 3}, "model is 3, expected str", "model"),
         ({"max_tokens": 0}, "max_tokens is 0, expected int >= 1", "max_tokens"),

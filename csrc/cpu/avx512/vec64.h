@@ -9,6 +9,7 @@ inline double fma64(double a, double b, double c) { return _mm_cvtsd_f64(_mm_fma
 
 inline D8 set1d(double a) { return {_mm512_set1_pd(a)}; }
 inline D8 load8(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline void store8(double* p, D8 a) { _mm512_storeu_pd(p, a.v); }
 inline D8 add(D8 a, D8 b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline D8 sub(D8 a, D8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline D8 mul(D8 a, D8 b) { return {_mm512_mul_pd(a.v, b.v)}; }

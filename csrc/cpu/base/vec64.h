@@ -19,6 +19,7 @@ inline D8 load8(const double* p) {
   GLMX_LANES r.lane[i] = p[i];
   return r;
 }
+inline void store8(double* p, D8 a) { GLMX_LANES p[i] = a.lane[i]; }
 inline D8 add(D8 a, D8 b) {
   GLMX_LANES a.lane[i] = a.lane[i] + b.lane[i];
   return a;

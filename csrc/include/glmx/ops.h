@@ -355,6 +355,82 @@ int64_t indexer_kl_score_blocks(const IndexerKlBackwardParams& p);
 int64_t indexer_kl_score_tokens(const IndexerKlBackwardParams& p);  // reads score_blocks
 void indexer_kl_backward(const IndexerKlBackwardParams& p);
 
+// sample: one token from each row of logits, by the row's own rules.
+//   1. Bias: each listed (token, value) is added to its logit, in order.
+//   2. Penalties, once for each token of the row's history: x = x > 0 ? x / repetition : x * repetition; then, if it was generated n > 0
+//      times, x = (x - frequency * n) - presence. Single fp32 operations.
+//   3. Temperature 0, or top_k 1: the largest logit, ties to the lower id, and that is all. Order of logits: NaN as -inf, -0 as +0.
+//   4. z = (x - largest) * (1 / temperature), fp32. A token's mass is e^z (the polynomial of vec_math.inl), rounded to a whole multiple of
+//      2^-42, even on ties; none below z = -80. An infinite largest logit: the tokens that have it weigh 1, the others nothing.
+//   5. min_p keeps z >= fp32(log(min_p)); top_k the first top_k of what is left, in the order (logit descending, id ascending), 0 all;
+//      top_p of those the shortest prefix whose mass reaches fp64(mass of all those) * top_p, 1 all. At least one token stays.
+//   6. The token is the first, in the order of ids, at which the running sum of the kept masses exceeds floor(coin * sum / 2^24).
+//   The coin is the top 24 bits of the first word of Philox4x32-10: key = the seed's low and high 32 bits, counter = (the position's low
+//   and high 32 bits, draw, 0). Draws in use: see kDraw. Masses add up as integers, so no order of sums is part of the rule.
+inline constexpr int kSampleRevision = 1;
+inline constexpr int64_t kSampleVocabulary = int64_t{1} << 20;  // largest V: sums of masses stay below 2^62
+enum Draw : int64_t {
+  kDrawTarget = 0,    // a token of the model itself: plain sampling, sampled verification, the token after the last accepted draft
+  kDrawAccept = 1,    // mtp_verify: is the draft of this position accepted?
+  kDrawResidual = 2,  // mtp_verify: the token in place of a refused draft
+  kDrawDraft = 3,     // what a drafter draws its own tokens with
+};
+
+// One number per row each, and the row's earlier tokens. Rows may share parts of the flat lists: a draft's row has the history of the row
+// before it and one token more.
+struct SampleRules {
+  const int64_t* seeds;             // [R]
+  const int64_t* positions;         // [R]: the index in its sequence of the token that is drawn
+  const float* temperature;         // [R], 0 or in [1e-30, 1e30]
+  const int64_t* top_k;             // [R], >= 0
+  const float* top_p;               // [R], in (0, 1]
+  const float* min_p;               // [R], in [0, 1]
+  const int64_t* history;           // [R, 3]: begin, first generated, end, of a span of token_ids; or null, as are then the next four
+  const int64_t* token_ids;         // [tokens], each in [0, V)
+  const float* repetition_penalty;  // [R], > 0, finite
+  const float* presence_penalty;    // [R], finite
+  const float* frequency_penalty;   // [R], finite
+  const int64_t* bias_spans;        // [R, 2]: begin and end of a span of bias_ids; or null, as are then the next two
+  const int64_t* bias_ids;          // [biases], each in [0, V)
+  const float* bias_values;         // [biases], no NaN
+  int64_t tokens, biases;
+};
+struct SampleParams {
+  const float* logits;  // [R, V]
+  int64_t* ids;         // [R]
+  SampleRules rules;
+  int64_t R, V;  // 1 <= V <= kSampleVocabulary
+  int64_t draw;  // in [0, 2^32)
+};
+void sample(const SampleParams& p);
+
+// mtp_verify: of each sequence's chain of drafts, those that the model accepts, and one token of its own behind them.
+//   Row j of a sequence holds the logits that judge draft j, rules and all; a draft of -1 ends the chain. Rows are taken in order until one
+//   gives another token than its draft; rows behind it are not read.
+//   greedy     the row's token is that of sample at temperature 0
+//   sample     it is that of sample, draw kDrawTarget: the tokens are those of plain sampling under the same seed, whatever the drafts
+//   rejection  with P the masses of the row's kept tokens and S their sum, in units of the largest, and q the draft's own distribution
+//              (NaN and negative count as 0; without draft_probs 1 for the draft and 0 else): the draft is accepted if
+//              u * q(draft) * S < P(draft), fp64, from the left, u = coin(kDrawAccept) / 2^24. So a draft without mass never is.
+//              A refused draft is replaced by the token at coin(kDrawResidual) of the masses max(0, P - q * S), fp64, rounded to whole
+//              multiples of 2^-42; of P if all those are 0. Where no draft is left the row's token is that of sample, draw kDrawTarget.
+//              If drafts are drawn from q with coins that are none of these, tokens are distributed as those of plain sampling.
+inline constexpr int kMtpVerifyRevision = 1;
+enum class VerifyMode : int64_t { greedy = 0, sample = 1, rejection = 2 };
+struct MtpVerifyParams {
+  const int64_t* draft_ids;  // [B, K], each in [0, V), or -1: no draft here, and those behind it do not count
+  const float* logits;       // [B, K + 1, V]
+  const float* draft_probs;  // [B, K, V], or null; with rejection only
+  int64_t* tokens;           // [B, K + 1]: accepted drafts, the model's own token, then -1
+  int64_t* accepted;         // [B]: how many drafts
+  int64_t* packed_ids;       // [B * (K + 1)]: the tokens of all sequences one behind the other, then -1
+  int32_t* packed_offsets;   // [B + 1]: where those of each sequence begin and end
+  SampleRules rules;         // R = B * (K + 1) rows
+  int64_t B, K, V;           // B * (K + 1) < 2^31
+  VerifyMode mode;
+};
+void mtp_verify(const MtpVerifyParams& p);
+
 // rms_norm: y = weight * round(x * rsqrt(mean(x^2) + eps)), rounded to dtype before and after the weight (Hugging Face order).
 //   1 / sqrt is computed as an exact square root and an exact division.
 inline constexpr int kRmsNormRevision = 1;

@@ -17,9 +17,11 @@ from glmx.ops.indexer_topk import indexer_topk
 from glmx.ops.layer_norm import layer_norm
 from glmx.ops.lm_head_logprob import LogProbs, lm_head_logprob
 from glmx.ops.moe_combine import moe_combine
+from glmx.ops.mtp_verify import Verified, mtp_verify
 from glmx.ops.rms_norm import rms_norm
 from glmx.ops.rope import rope, rope_cos_sin
 from glmx.ops.route_topk import route_topk
+from glmx.ops.sample import sample
 from glmx.ops.silu_mul import silu_mul
 from glmx.ops.sparse_mla import sparse_mla
 from glmx.ops.sum_squares import sum_squares
@@ -28,6 +30,7 @@ __all__ = [
     "Attended",
     "ExpertPlan",
     "LogProbs",
+    "Verified",
     "add_rms_norm",
     "attention",
     "cache_append",
@@ -43,10 +46,12 @@ __all__ = [
     "linear",
     "lm_head_logprob",
     "moe_combine",
+    "mtp_verify",
     "rms_norm",
     "rope",
     "rope_cos_sin",
     "route_topk",
+    "sample",
     "silu_mul",
     "sparse_mla",
     "sum_squares",

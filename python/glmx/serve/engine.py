@@ -21,7 +21,8 @@ import torch
 from glmx import ops
 from glmx.models.batch import Batch
 from glmx.models.decoder import Decoder
-from glmx.reference.sample import sample
+from glmx.ops import sample
+from glmx.serve.rules import sampling_rules
 from glmx.serve.sampling import Logprob, SamplingParams
 from glmx.serve.text import TextStream
 
@@ -117,6 +118,9 @@ class Engine:
             raise ValueError(f"prompt token id {wrong} is outside the vocabulary 0..{vocab - 1}")
         if (request.params.logprobs or 0) > vocab:
             raise ValueError(f"logprobs is {request.params.logprobs}, the vocabulary has {vocab} tokens")
+        for token in request.params.logit_bias or ():
+            if token >= vocab:
+                raise ValueError(f"logit_bias names token id {token}, outside the vocabulary 0..{vocab - 1}")
 
     def add(self, request: Request) -> None:
         """Queues a request; raises as `check` does, RuntimeError on a thread that does not own the engine."""
@@ -176,14 +180,7 @@ class Engine:
                 self._shorten(request)
             hidden_BH = self._forward(batch, slots)
             logits_BV = self.model.logits(hidden_BH)
-            ids_B = sample(
-                logits_BV,
-                seeds=[request.seed for request in batch],
-                positions=[request.num_tokens for request in batch],
-                temperature=[request.params.temperature for request in batch],
-                top_k=[max(request.params.top_k, 0) for request in batch],
-                top_p=[request.params.top_p for request in batch],
-            )
+            ids_B = sample(logits_BV, **sampling_rules(batch))
             logprobs = self._logprobs(batch, hidden_BH, logits_BV, ids_B)
         except BaseException:
             for slot, length in zip(slots, cached, strict=True):

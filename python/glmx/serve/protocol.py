@@ -29,11 +29,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -86,17 +81,22 @@ class StreamOptions(Struct):
 
 
 class Request(Struct, kw_only=True):
-    """The fields that completions and chat share; the last four are vLLM's."""
+    """The fields that completions and chat share; the last six are vLLM's."""
 
     model: str
     max_tokens: _Count | None = None
     temperature: float | None = None
     top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     seed: _Int64 | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: _Int64 | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[_Int64] | None = None
     include_stop_str_in_output: bool | None = None
@@ -113,12 +113,26 @@ class Request(Struct, kw_only=True):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def biases(self) -> dict[int, float] | None:
+        """logit_bias by token id: JSON's keys are texts."""
+        if self.logit_bias is None:
+            return None
+        for key in self.logit_bias:
+            if not re.fullmatch(r"[0-9]{1,9}", key):
+                raise bad_request(f"logit_bias names {_shown(key)}, expected token ids", "logit_bias")
+        return {int(key): value for key, value in self.logit_bias.items()}
+
     def sampling_params(self, max_tokens: int) -> SamplingParams:
         """Raises ApiError naming the field whose value is not allowed."""
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.biases(),
             "seed": self.seed,
             "stop": self.stop,
             "stop_token_ids": self.stop_token_ids,

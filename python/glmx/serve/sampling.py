@@ -16,6 +16,12 @@ class SamplingParams:
     temperature  0 is greedy; otherwise logits are divided by it, in fp32 (so 1e-30 to 1e30)
     top_p        keep the most likely tokens up to this probability mass (0 < top_p <= 1)
     top_k        keep the k most likely tokens; 0 or -1 keeps all
+    min_p        keep tokens at least this likely in relation to the most likely one (0 <= min_p <= 1)
+    repetition_penalty  logits of tokens seen in prompt or answer, if positive, are divided by it, else multiplied
+                 (1 changes nothing)
+    presence_penalty    taken from the logits of tokens that the answer has (-2 to 2)
+    frequency_penalty   the same, for each time that it has them (-2 to 2)
+    logit_bias   {token id: what is added to its logit, -100 to 100}, before everything else
     seed         the token at a position is a function of its logits, the seed and the position, not of the
                  batch; None: the LLM gives every request a seed of its own
     logprobs     None, or the number of most likely tokens to report beside each generated one
@@ -31,6 +37,11 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
     seed: int | None = None
     logprobs: int | None = None
     stop: tuple[str, ...] | list[str] | str = ()
@@ -48,6 +59,18 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
         if self.top_k < -1:
             raise ValueError(f"top_k is {self.top_k}, expected 0 or -1 (all) or at least 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}, expected 0 <= min_p <= 1")
+        if not 1e-30 <= self.repetition_penalty <= 1e30:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}, expected 1e-30 to 1e30")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected -2 to 2")
+        for token, bias in (self.logit_bias or {}).items():
+            if type(token) is not int or token < 0:
+                raise ValueError(f"logit_bias names {token!r}, expected token ids, at least 0")
+            if not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias[{token}] is {bias}, expected -100 to 100")
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs is {self.logprobs}, expected None or at least 0")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -58,6 +81,11 @@ class SamplingParams:
         if "" in stop:
             raise ValueError(f"stop is {self.stop!r}, expected strings that are not empty")
         object.__setattr__(self, "stop", stop)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass

@@ -483,7 +483,76 @@ void indexer_kl_case(DType dtype, int64_t A, int64_t Dk, int64_t Hi, int64_t Di,
   record("indexer_kl", name + "_d_index_k", d_k);
 }
 
+// Every rule at once and none, over spans that overlap.
+struct Rules {
+  Bytes seeds, positions, temperature, top_k, top_p, min_p, history, token_ids, repetition, presence, frequency, bias_spans, bias_ids,
+      bias_values;
+  glmx::SampleRules params{};
+  Rules(int64_t R, int64_t V)
+      : seeds(integers<int64_t>(R, 1000)),
+        positions(integers<int64_t>(R, 1000)),
+        temperature(R * 4),
+        top_k(integers<int64_t>(R, 6)),
+        top_p(R * 4),
+        min_p(R * 4),
+        history(R * 24),
+        token_ids(integers<int64_t>(20, V)),
+        repetition(R * 4),
+        presence(R * 4),
+        frequency(R * 4),
+        bias_spans(R * 16),
+        bias_ids(integers<int64_t>(5, V)),
+        bias_values(values(DType::f32, 5)) {
+    for (int64_t r = 0; r < R; ++r) {
+      temperature.as<float>()[r] = r % 5 == 4 ? 0.0f : 0.5f + 0.5f * static_cast<float>(r % 3);
+      top_k.as<int64_t>()[r] *= r % 2 * 20;
+      top_p.as<float>()[r] = r % 3 == 0 ? 1.0f : 0.75f;
+      min_p.as<float>()[r] = r % 4 == 3 ? 0.01f : 0.0f;
+      for (int64_t i = 0; i < 3; ++i) history.as<int64_t>()[3 * r + i] = r % 5 + i * (r % 7);
+      repetition.as<float>()[r] = 1.25f, presence.as<float>()[r] = 0.5f, frequency.as<float>()[r] = -0.25f;
+      for (int64_t i = 0; i < 2; ++i) bias_spans.as<int64_t>()[2 * r + i] = r % 3 + i * (r % 3);
+    }
+    params.seeds = seeds.as<int64_t>(), params.positions = positions.as<int64_t>(), params.temperature = temperature.as<float>();
+    params.top_k = top_k.as<int64_t>(), params.top_p = top_p.as<float>(), params.min_p = min_p.as<float>();
+    params.history = history.as<int64_t>(), params.token_ids = token_ids.as<int64_t>(), params.tokens = 20;
+    params.repetition_penalty = repetition.as<float>(), params.presence_penalty = presence.as<float>();
+    params.frequency_penalty = frequency.as<float>(), params.bias_spans = bias_spans.as<int64_t>();
+    params.bias_ids = bias_ids.as<int64_t>(), params.bias_values = bias_values.as<float>(), params.biases = 5;
+  }
+};
+
+void sample_case(int64_t R, int64_t V) {
+  const Bytes logits = values(DType::f32, R * V), ids = room(DType::i64, R);
+  const Rules rules(R, V);
+  glmx::sample({logits.as<float>(), ids.as<int64_t>(), rules.params, R, V, glmx::kDrawTarget});
+  record("sample", label("ids", DType::f32, V), ids);
+}
+
+void mtp_verify_case(int64_t B, int64_t K, int64_t V, glmx::VerifyMode mode, bool with_probs) {
+  const int64_t rows = B * (K + 1);
+  const Bytes logits = values(DType::f32, rows * V), drafts = integers<int64_t>(B * K, V, -1), probs = values(DType::f32, B * K * V);
+  const Bytes tokens = room(DType::i64, rows), accepted = room(DType::i64, B), packed = room(DType::i64, rows),
+              offsets = room(DType::i32, B + 1);
+  const Rules rules(rows, V);
+  glmx::MtpVerifyParams p{};
+  p.draft_ids = drafts.as<int64_t>(), p.logits = logits.as<float>(), p.draft_probs = with_probs ? probs.as<float>() : nullptr;
+  p.tokens = tokens.as<int64_t>(), p.accepted = accepted.as<int64_t>(), p.packed_ids = packed.as<int64_t>();
+  p.packed_offsets = offsets.as<int32_t>(), p.rules = rules.params, p.B = B, p.K = K, p.V = V, p.mode = mode;
+  glmx::mtp_verify(p);
+  const std::string name = label(with_probs ? "probs" : "ids", DType::f32, V) + "_" + std::to_string(static_cast<int>(mode));
+  record("mtp_verify", name + "_tokens", tokens);
+  record("mtp_verify", name + "_accepted", accepted);
+  record("mtp_verify", name + "_packed", packed);
+  record("mtp_verify", name + "_offsets", offsets);
+}
+
 void run_all() {
+  for (int64_t V : {3, 130, 1100}) {
+    for (auto mode : {glmx::VerifyMode::greedy, glmx::VerifyMode::sample, glmx::VerifyMode::rejection})
+      mtp_verify_case(30, 3, V, mode, false);
+    mtp_verify_case(30, 3, V, glmx::VerifyMode::rejection, true);
+  }
+  for (int64_t V : {1, 15, 130, 1024, 1100}) sample_case(40, V);
   for (DType dtype : {DType::f32, DType::bf16}) {
     for (int64_t H : {1, 15, 16, 33, 130}) rms_norm_case(dtype, 67, H);
     for (int64_t H : {1, 15, 16, 33, 130}) layer_norm_case(dtype, 67, H);
