@@ -109,6 +109,14 @@ class ModelState:
             self.lengths[seq] = length
             self.pages.truncate(seq, max(length, self.mtp_lengths[seq]))
 
+    def truncate_mtp(self, seq: int, length: int) -> None:
+        """Forgets the MTP layer's entries of `seq` from `length` on: those of drafts, made from its own hidden states."""
+        self._check_live(seq)
+        if not 0 <= length <= self.mtp_lengths[seq]:
+            raise ValueError(f"expected 0 <= length <= {self.mtp_lengths[seq]}, the MTP layer's of {seq}: got {length}")
+        self.mtp_lengths[seq] = length
+        self.pages.truncate(seq, max(self.lengths[seq], length))
+
     def fork(self, seq: int) -> int:
         """A new sequence with the same tokens; later tokens of either do not show in the other."""
         self._check_live(seq)
