@@ -110,7 +110,7 @@ class ModelState:
             self.pages.truncate(seq, max(length, self.mtp_lengths[seq]))
 
     def truncate_mtp(self, seq: int, length: int) -> None:
-        """Forgets the MTP layer's entries of `seq` from `length` on: those of drafts, made from its own hidden states."""
+        """Forgets the entries of `seq` from `length` on in the MTP layer alone: those that drafts have made."""
         self._check_live(seq)
         if not 0 <= length <= self.mtp_lengths[seq]:
             raise ValueError(f"expected 0 <= length <= {self.mtp_lengths[seq]}, the MTP layer's of {seq}: got {length}")

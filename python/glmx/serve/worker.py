@@ -36,7 +36,7 @@ class ShuttingDownError(RuntimeError):
 
 @dataclass(frozen=True)
 class Delta:
-    """What a token added to one job: without drafts and with them the same. The last one has a finish_reason or an error.
+    """What one token added to a job, however many a step gained. The last one has a finish_reason or an error.
 
     text           what became safe to show: may be empty while more is held back (see TextStream)
     token_ids      the new token, also one of a stop string and a stop id
