@@ -12,3 +12,8 @@ def write_out(text: str) -> None:
         raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def drafts(text: str) -> int | str:
+    """The value of --num-speculative-tokens: a number, or "auto"."""
+    return text if text == "auto" else int(text)

@@ -20,7 +20,7 @@ from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models.checkpoint import load, resolve
 from glmx.serve.engine import Engine, Request
 from glmx.serve.sampling import CompletionOutput, Logprob, RequestOutput, SamplingParams
-from glmx.serve.speculation import Counters, speculation
+from glmx.serve.speculation import Counters, check_drafts, speculation
 from glmx.serve.text import TextStream
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
@@ -55,6 +55,7 @@ class LLM:
         seed: int = 0,
         check_finite: bool = False,
     ) -> None:
+        check_drafts(num_speculative_tokens)
         directory = resolve(model)
         self.directory = directory
         has_tokenizer = (directory / "tokenizer.json").exists()

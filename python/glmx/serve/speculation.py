@@ -196,14 +196,19 @@ class Speculation:
         return max(self._forwards.at(rows) + (self._drafting.at(depth) if depth else 0.0), 1e-9)
 
 
-def speculation(num_speculative_tokens: int | str, has_mtp_layer: bool) -> Speculation | None:
-    """From the option: 0 is off, K is K drafts for every sequence, "auto" adapts. Raises for what cannot be."""
+def check_drafts(num_speculative_tokens: int | str) -> None:
+    """Raises ValueError unless it is "auto" or 0 to MAX_DRAFTS."""
     asked = num_speculative_tokens
-    auto = asked == "auto"
-    if not auto and not (isinstance(asked, int) and 0 <= asked <= MAX_DRAFTS):
+    if asked != "auto" and not (isinstance(asked, int) and 0 <= asked <= MAX_DRAFTS):
         raise ValueError(f"num_speculative_tokens is {asked!r}, expected 'auto' or 0 to {MAX_DRAFTS}")
+
+
+def speculation(num_speculative_tokens: int | str, has_mtp_layer: bool) -> Speculation | None:
+    """From the option: 0 is off, K is K drafts for every sequence, "auto" adapts. UnsupportedError without the layer."""
+    asked = num_speculative_tokens
+    check_drafts(asked)
     if asked == 0:
         return None
     if not has_mtp_layer:
         raise UnsupportedError(f"num_speculative_tokens is {asked!r}, but this model has no MTP layer to draft with")
-    return Speculation(AUTO_LIMIT if auto else int(asked), auto)
+    return Speculation(AUTO_LIMIT, adaptive=True) if isinstance(asked, str) else Speculation(asked)
