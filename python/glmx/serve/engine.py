@@ -266,7 +266,9 @@ class Engine:
         places = [(request, j) for request, width in zip(batch, widths, strict=True) for j in range(width)]
         owners = [request for request, _ in places]
         ids_R = self._draw(logits_RV, owners, [request.num_tokens + j for request, j in places])
-        gained, kept, start = [], [], 0
+        gained: list[list[int]] = []
+        kept: list[int] = []
+        start = 0
         for width, guesses in zip(widths, drafts, strict=True):
             end = start + 1 + accept(guesses, ids_R[start : start + width])
             gained.append(ids_R[start:end])

@@ -204,7 +204,7 @@ def check_drafts(num_speculative_tokens: int | str) -> None:
 
 
 def speculation(num_speculative_tokens: int | str, has_mtp_layer: bool) -> Speculation | None:
-    """From the option: 0 is off, K is K drafts for every sequence, "auto" adapts. UnsupportedError without the layer."""
+    """From the option: 0 is off, K the same for every sequence, "auto" adapts. UnsupportedError without the layer."""
     asked = num_speculative_tokens
     check_drafts(asked)
     if asked == 0:
