@@ -266,25 +266,13 @@ class Engine:
         places = [(request, j) for request, width in zip(batch, widths, strict=True) for j in range(width)]
         owners = [request for request, _ in places]
         ids_R = self._draw(logits_RV, owners, [request.num_tokens + j for request, j in places])
-        gained: list[list[int]] = []
-        kept: list[int] = []
-        start = 0
+        spans, start = [], 0
         for width, guesses in zip(widths, drafts, strict=True):
-            end = start + 1 + accept(guesses, ids_R[start : start + width])
-            gained.append(ids_R[start:end])
-            kept += range(start, end)
+            spans.append(range(start, start + accept(guesses, ids_R[start : start + width]) + 1))
             start += width
-        asked = [row for row in kept if owners[row].params.logprobs is not None]
-        found = iter(
-            self._logprobs(
-                [owners[row] for row in asked], rows_RH[asked], logits_RV[asked], [ids_R[row] for row in asked]
-            )
-        )
-        logprobs = [
-            [next(found) if request.params.logprobs is not None else None for _ in tokens]
-            for request, tokens in zip(batch, gained, strict=True)
-        ]
-        return gained, logprobs
+        found = self._logprobs([row for span in spans for row in span], owners, rows_RH, logits_RV, ids_R)
+        gained = [ids_R[span.start : span.stop] for span in spans]
+        return gained, [[found.get(row) for row in span] for span in spans]
 
     def _draw(self, logits_RV: torch.Tensor, owners: Sequence[Request], positions: Sequence[int]) -> list[int]:
         """One token for each row, by its request's parameters and by its place in the sequence."""
@@ -352,27 +340,32 @@ class Engine:
         )
 
     def _logprobs(
-        self, owners: Sequence[Request], hidden_RH: torch.Tensor, logits_RV: torch.Tensor, ids_R: Sequence[int]
-    ) -> list[dict[int, Logprob]]:
-        """Per row, of a request that asks for them, the drawn token and the most likely ones.
+        self,
+        rows: Sequence[int],
+        owners: Sequence[Request],
+        hidden_RH: torch.Tensor,
+        logits_RV: torch.Tensor,
+        ids_R: Sequence[int],
+    ) -> dict[int, dict[int, Logprob]]:
+        """For each of `rows` whose request asks for it, the drawn token and the most likely ones.
 
         The log-probs are lm_head_logprob's, which are the trainer's; the logits give the rank alone.
         """
-        if not owners:
-            return []
-        top_n = max(request.params.logprobs or 0 for request in owners)
-        ids = torch.tensor(ids_R, device=self.model.device)
-        out = ops.lm_head_logprob(hidden_RH, self.model.lm_head.weight, ids, top_n=top_n)
-        result = []
-        for r, (request, token) in enumerate(zip(owners, ids_R, strict=True)):
-            name = request.text.token_text
-            rank = 1 + int((logits_RV[r] > logits_RV[r, token]).sum())
-            found = {token: Logprob(float(out.logprob[r]), rank, name(token))}
-            top_ids = out.top_ids[r, : request.params.logprobs].tolist()
-            top_logprobs = out.top_logprobs[r, : request.params.logprobs].tolist()
-            for place, (i, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
+        asked = [(row, n) for row in rows if (n := owners[row].params.logprobs) is not None]
+        if not asked:
+            return {}
+        hidden_AH = hidden_RH[[row for row, _ in asked]]
+        ids_A = torch.tensor([ids_R[row] for row, _ in asked], device=hidden_RH.device)
+        out = ops.lm_head_logprob(hidden_AH, self.model.lm_head.weight, ids_A, top_n=max(n for _, n in asked))
+        result = {}
+        for a, (row, n) in enumerate(asked):
+            name, token = owners[row].text.token_text, ids_R[row]
+            rank = 1 + int((logits_RV[row] > logits_RV[row, token]).sum())
+            found = {token: Logprob(float(out.logprob[a]), rank, name(token))}
+            tops = zip(out.top_ids[a, :n].tolist(), out.top_logprobs[a, :n].tolist(), strict=True)
+            for place, (i, logprob) in enumerate(tops, 1):
                 found.setdefault(i, Logprob(logprob, place, name(i)))
-            result.append(found)
+            result[row] = found
         return result
 
     def _append(self, request: Request, token: int, logprobs: dict[int, Logprob] | None) -> None:
