@@ -318,9 +318,11 @@ class Engine:
             ]
             short = max(caught_up, default=0) <= self.speculation.limit + 1
             began, drafted_at, ended = times
+            drafted = sum(map(len, drafts))
             self.speculation.observe_times(
-                sum(1 + len(guesses) for guesses in drafts),
+                len(batch) + drafted,
                 ended - drafted_at,
+                drafted,
                 max(map(len, drafts)),
                 drafted_at - began if short else None,
             )

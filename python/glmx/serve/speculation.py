@@ -10,16 +10,21 @@ takes the counts with the most tokens per second.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from statistics import median
 
 from glmx.errors import UnsupportedError
 
 AUTO_LIMIT = 6  # drafts of a sequence under "auto": one MTP layer, trained for a few steps, seldom guesses further
 MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
-PROBE_STEPS = 32  # a sequence without drafts tries one that often: its text may have become easier
+# A sequence without drafts tries one after so many steps, as its text may have become easier; after each that is wrong
+# it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
+PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
+UNLIKELY = 0.02  # drafts with less of a chance are not looked at: a forward row costs more than 2 % of a forward
 HOPE = 0.8  # of drafts that were never tried: high, so that they are
 POOL_WEIGHT, POOL_DECAY = 4.0, 0.995  # all sequences: HOPE counts as 4 tries, and the last 200 tries count
 OWN_WEIGHT, OWN_DECAY = 8.0, 0.95  # one sequence: the others' share counts as 8 tries, and its last 20 count
@@ -51,10 +56,12 @@ def choose(acceptance: Sequence[Sequence[float]], cost: Callable[[int, int], flo
         chance = 1.0
         for d, a in enumerate(chances, 1):
             chance *= a
+            if chance < UNLIKELY:
+                break
             reach.append((-chance, d, s))
     reach.sort()  # a later draft of a sequence is never before an earlier one
     best, counts = B / cost(B, 0) if B else 0.0, [0] * B
-    for depth in range(1, 1 + max(map(len, acceptance), default=0)):
+    for depth in range(1, 1 + max((d for _, d, _ in reach), default=0)):
         tokens, rows, tried = float(B), B, [0] * B
         for chance, d, s in reach:
             if d > depth:
@@ -85,7 +92,7 @@ class Acceptance:
 
 
 class Times:
-    """Seconds by size (rows of a forward, draft steps): the median of the last few, on straight lines between sizes.
+    """Seconds of a forward by its rows: the median of the last few, on straight lines between sizes.
 
     Above the largest size the time is taken to grow no more, and below the smallest to shrink in proportion: hopes
     that make the policy try what it has not measured.
@@ -95,6 +102,7 @@ class Times:
         self._recent: dict[int, deque[float]] = {}
         self._seen: dict[int, int] = {}
         self._medians: dict[int, float] = {}
+        self._sizes: list[int] = []
         self._added = 0
 
     def add(self, size: int, seconds: float) -> None:
@@ -105,24 +113,29 @@ class Times:
         self._medians[size] = median(recent)
         for old in [s for s, seen in self._seen.items() if self._added - seen > STALE_TIMES]:
             del self._recent[old], self._seen[old], self._medians[old]
+        self._sizes = sorted(self._medians)
 
-    def at(self, size: int) -> float:
-        below = max((s for s in self._medians if s <= size), default=None)
-        above = min((s for s in self._medians if s >= size), default=None)
-        if below is None:
-            return 0.0 if above is None else self._medians[above] * size / above
+    def at(self, size: float) -> float:
+        if not self._sizes:
+            return 0.0
+        place = bisect_right(self._sizes, size)
+        if place == 0:
+            return self._medians[self._sizes[0]] * size / self._sizes[0]
+        below = self._sizes[place - 1]
         low = self._medians[below]
-        if above is None or above == below:
+        if place == len(self._sizes):
             return low
+        above = self._sizes[place]
         return low + (self._medians[above] - low) * (size - below) / (above - below)
 
 
 @dataclass
 class Track:
-    """What is known of one sequence: its acceptance, and how many steps it has had without drafts."""
+    """What is known of one sequence: its acceptance, how many steps it has had without drafts, and how many it may."""
 
     acceptance: Acceptance
     idle: int = 0
+    patience: int = PROBE_STEPS
 
 
 @dataclass
@@ -160,7 +173,8 @@ class Speculation:
         self.limit, self.adaptive = limit, adaptive
         self.counters = Counters(0, [0] * limit, [0] * limit)
         self._pool = Acceptance(limit)
-        self._forwards, self._drafting = Times(), Times()
+        # By rows; a draft step's are the sequences that take part in it, on average over a step's.
+        self._forwards, self._draft_steps = Times(), Times()
 
     def track(self) -> Track:
         """For a new sequence."""
@@ -172,28 +186,37 @@ class Speculation:
         if not self.adaptive:
             return rooms
         wanted = [track.acceptance.estimates(room) for track, room in zip(tracks, rooms, strict=True)]
-        counts = choose(wanted, self._cost)
-        for s, track in enumerate(tracks):
-            if counts[s] == 0 and track.idle >= PROBE_STEPS:
-                counts[s] = min(rooms[s], 1)
+        counts = choose(wanted, cache(partial(self._cost, len(tracks))))
+        if any(track.idle >= track.patience and not count for track, count in zip(tracks, counts, strict=True)):
+            # Those that soon would do it too join in: the draft step is paid for once.
+            ready = [2 * track.idle >= track.patience for track in tracks]
+            counts = [count or min(ok, room) for count, ok, room in zip(counts, ready, rooms, strict=True)]
         return counts
 
     def observe(self, tracks: Sequence[Track], drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """What a step has verified."""
         for track, count, right in zip(tracks, drafted, accepted, strict=True):
+            if right:
+                track.patience = PROBE_STEPS
+            elif count and 2 * track.idle >= track.patience:
+                track.patience = min(2 * track.patience, MAX_PROBE_STEPS)
             track.idle = 0 if count else track.idle + 1
             self.counters.add(count, right)
             for known in (track.acceptance, self._pool):
                 known.observe(count, right)
 
-    def observe_times(self, rows: int, forward_s: float, depth: int, drafting_s: float | None) -> None:
-        """What a step without prompts took: its forward, and its `depth` draft steps unless they had more to do."""
+    def observe_times(self, rows: int, forward_s: float, drafts: int, depth: int, drafting_s: float | None) -> None:
+        """What a step without prompts took: its forward, and the draft steps, unless they had more to do than drafts.
+
+        depth  draft steps, the most drafts that a sequence got; `drafts` of all together
+        """
         self._forwards.add(rows, forward_s)
         if depth and drafting_s is not None:
-            self._drafting.add(depth, drafting_s)
+            self._draft_steps.add(round(drafts / depth), drafting_s / depth)
 
-    def _cost(self, rows: int, depth: int) -> float:
-        return max(self._forwards.at(rows) + (self._drafting.at(depth) if depth else 0.0), 1e-9)
+    def _cost(self, sequences: int, rows: int, depth: int) -> float:
+        drafting_s = depth * self._draft_steps.at((rows - sequences) / depth) if depth else 0.0
+        return max(self._forwards.at(rows) + drafting_s, 1e-9)
 
 
 def check_drafts(num_speculative_tokens: int | str) -> None:
