@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import glmx
+from glmx.cli import main as cli
 from glmx.data import tokenizer as tokenizers
 from glmx.errors import UnsupportedError
 from glmx.layers.dsa import Selection
@@ -102,7 +103,7 @@ class Whim(Recorded):
         self.random = random.Random(seed)
 
     def counts(self, tracks, rooms):
-        if len(self.steps) % 20 < 10:
+        if len(self.steps) % 30 < 20:
             return [0] * len(rooms)
         return [self.random.choice([0, 0, *range(min(room, self.limit) + 1)]) for room in rooms]
 
@@ -368,7 +369,7 @@ def test_adapting_to_any_clock_changes_no_text(open_llm, plain, case):
 
 
 def streamed(llm, bodies):
-    """What the server sends for each body, without ids and times."""
+    """What the server sends for each body, without ids and times; and its /health afterwards."""
     worker = Worker(llm)
     worker.start()
     app = Api(llm, worker, model="tiny", fingerprint="x").app
@@ -376,10 +377,12 @@ def streamed(llm, bodies):
     async def run():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://glmx") as client:
             answers = [client.post("/v1/completions", json={"model": "tiny", **body}) for body in bodies]
-            return [answer.text for answer in await asyncio.gather(*answers)]
+            texts = [answer.text for answer in await asyncio.gather(*answers)]
+            return texts, (await client.get("/health")).json()
 
     try:
-        return [re.sub(r'"(id|created)":("[^"]*"|\d+)', "", text) for text in asyncio.run(run())]
+        texts, health = asyncio.run(run())
+        return [re.sub(r'"(id|created)":("[^"]*"|\d+)', "", text) for text in texts], health
     finally:
         worker.drain(0)
 
@@ -394,8 +397,9 @@ def test_the_server_sends_the_same_events(open_llm):
         {**ask, "prompt": "second", "temperature": 0, "stream": False, "stream_options": None, "logprobs": 1},
     ]
     recorded = Recorded(4)
-    expected, found = streamed(open_llm(), bodies), streamed(open_llm(speculation=recorded), bodies)
+    (expected, plain), (found, health) = (streamed(llm, bodies) for llm in (open_llm(), open_llm(speculation=recorded)))
     assert expected == found and recorded.seen(lambda d, a: a > 1) > 3
+    assert "speculation" not in plain and health["speculation"] == dataclasses.asdict(recorded.counters)
     assert expected[0].count("data: ") > 20 and json.loads(expected[3].replace("{,", "{").replace(",,", ","))
 
 
@@ -417,3 +421,11 @@ def test_options(directory, tmp_path):
         with pytest.raises(UnsupportedError, match=f"num_speculative_tokens is {value!r}, but .* no MTP layer"):
             glmx.LLM(tmp_path / "bare", num_speculative_tokens=value)
     assert glmx.LLM(tmp_path / "bare").speculation is None
+
+
+def test_generate_command(directory, plain, capsys):
+    path = directory(FAMILIES[0], 0.07)
+    (expected,) = outputs(plain[FAMILIES[0]], ["def add("], params(max_tokens=12, ignore_eos=False))
+    for value in ("0", "3", "auto"):
+        argv = ["generate", str(path), "--prompt", "def add(", "--max-tokens", "12", "--num-speculative-tokens", value]
+        assert cli.main(argv) == 0 and capsys.readouterr().out == f"def add({expected.text}\n"

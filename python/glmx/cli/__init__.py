@@ -1,5 +1,6 @@
 """The `glmx` command, one module per subcommand."""
 
+import argparse
 import sys
 
 
@@ -16,4 +17,6 @@ def write_out(text: str) -> None:
 
 def drafts(text: str) -> int | str:
     """The value of --num-speculative-tokens: a number, or "auto"."""
-    return text if text == "auto" else int(text)
+    if text == "auto" or text.removeprefix("-").isdecimal():
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"expected a number or auto: got {text!r}")
