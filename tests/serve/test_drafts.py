@@ -375,7 +375,7 @@ def streamed(llm, bodies):
     app = Api(llm, worker, model="tiny", fingerprint="x").app
 
     async def run():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://glmx") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
             answers = [client.post("/v1/completions", json={"model": "tiny", **body}) for body in bodies]
             texts = [answer.text for answer in await asyncio.gather(*answers)]
             return texts, (await client.get("/health")).json()

@@ -67,7 +67,7 @@ class ModelState:
 
     lengths      [num_sequences] tokens that the decoder layers have seen
     mtp_lengths  [num_sequences] tokens that the MTP layer has seen; its entry t is made from token t+1 too,
-                 so it trails `lengths` by one or more
+                 so between steps it trails `lengths` by one or more
     A slot is taken by `allocate`, by `fork`, or by a forward that names it, and given back by `free`.
     """
 
