@@ -288,6 +288,12 @@ def test_a_dropped_request_leaves_the_others_alone(open_llm, plain):
     dropped.close()
     *_, out = kept
     assert out.outputs[0] == expected and is_empty(llm.engine)
+    request = llm.make_request(second, params())
+    llm.engine.add(request)
+    llm.engine.step()
+    assert len(request.held) == len(second)
+    llm.engine.abort(request)
+    assert request.held is None and is_empty(llm.engine)
 
 
 def snapshot(engine):

@@ -45,6 +45,7 @@ def linear(base, per_row, per_draft_step):
     [
         ([[0.9] * 6], linear(10, 0, 0), [6]),  # free drafts: all that there may be
         ([[0.0] * 6], linear(10, 0, 0), [0]),  # never right, so of equals the fewest
+        ([[1.0] * 6], linear(0, 1, 0), [0]),  # as many tokens a second with any number
         ([[0.9] * 6], linear(0, 1, 0), [0]),  # a row costs a step: drafts can only lose
         ([[0.9] * 6], linear(10, 0, 9.5), [0]),
         ([[0.9] * 6], linear(10, 0, 8.5), [1]),  # 1.9 tokens for 18.5, before 1 for 10
@@ -172,7 +173,7 @@ def test_a_sequence_that_was_off_comes_back():
     off = run(policy, [0.0], cost, 300, draw, tracks)[PROBE_STEPS:]
     assert 1 <= sum(c for (c,) in off) < 20
     back = [c for (c,) in run(policy, [1.0], cost, 800, draw, tracks)]
-    assert sum(back[-50:]) > 150 and back.index(1) <= MAX_PROBE_STEPS
+    assert sum(back[-50:]) > 150 and back.index(1) <= MAX_PROBE_STEPS and tracks[0].patience == PROBE_STEPS
 
 
 def test_a_fixed_number_is_fixed_but_for_the_room():

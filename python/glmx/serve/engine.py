@@ -394,6 +394,7 @@ class Engine:
         if request.slot >= 0:
             self.state.free(request.slot)
             request.slot = -1
+        request.held = None
 
 
 def _tracks(batch: Sequence[Request]) -> list[Track]:
