@@ -171,7 +171,7 @@ def test_a_sequence_that_was_off_comes_back():
     policy, draw, cost = Speculation(4, True), random.Random(5), linear(10, 0.3, 0.5)
     tracks = [policy.track()]
     off = run(policy, [0.0], cost, 300, draw, tracks)[PROBE_STEPS:]
-    assert 1 <= sum(c for (c,) in off) < 20
+    assert 1 <= sum(c for (c,) in off) < 20 and policy.track().patience == tracks[0].patience > PROBE_STEPS
     back = [c for (c,) in run(policy, [1.0], cost, 800, draw, tracks)]
     assert sum(back[-50:]) > 150 and back.index(1) <= MAX_PROBE_STEPS and tracks[0].patience == PROBE_STEPS
 

@@ -173,12 +173,13 @@ class Speculation:
         self.limit, self.adaptive = limit, adaptive
         self.counters = Counters(0, [0] * limit, [0] * limit)
         self._pool = Acceptance(limit)
+        self._patience = PROBE_STEPS  # the last one that a sequence came to, where the next begins
         # By rows; a draft step's are the sequences that take part in it, on average over a step's.
         self._forwards, self._draft_steps = Times(), Times()
 
     def track(self) -> Track:
         """For a new sequence."""
-        return Track(Acceptance(self.limit, self._pool))
+        return Track(Acceptance(self.limit, self._pool), patience=self._patience)
 
     def counts(self, tracks: Sequence[Track], rooms: Sequence[int]) -> list[int]:
         """Drafts for each sequence of a step, at most its room."""
@@ -197,9 +198,9 @@ class Speculation:
         """What a step has verified."""
         for track, count, right in zip(tracks, drafted, accepted, strict=True):
             if right:
-                track.patience = PROBE_STEPS
+                track.patience = self._patience = PROBE_STEPS
             elif count and 2 * track.idle >= track.patience:
-                track.patience = min(2 * track.patience, MAX_PROBE_STEPS)
+                track.patience = self._patience = min(2 * track.patience, MAX_PROBE_STEPS)
             track.idle = 0 if count else track.idle + 1
             self.counters.add(count, right)
             for known in (track.acceptance, self._pool):
