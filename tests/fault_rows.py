@@ -20,6 +20,8 @@ TEMPLATE = f"{STEP}/chat_template.jinja"
 STATE, MOMENTS = f"{STEP}/trainer/state.json", f"{STEP}/trainer/state.safetensors"
 SHARD, START = "data/train-00000-of-00001.bin", "config/config.json"
 NORM = "model.norm.weight"
+MTP = "model.layers.2."  # the layer behind the two of the decoder
+DRAFTS = ["--num-speculative-tokens"]
 GENERATE = ["generate", "run", "--prompt", "hi"]
 SERVE = ["serve", "run", "--port", "0"]
 FRESH = ["pretrain", "run.toml", "--out", "fresh"]
@@ -196,6 +198,8 @@ def faults() -> list[Fault]:
     add("no probability to draw from", [*GENERATE, "--top-p", "0"], "top_p 0")
     add("no tokens to generate", [*GENERATE, "--max-tokens", "0"], "max_tokens 0")
     add("a word for a number", [*GENERATE, "--max-tokens", "many"], "--max-tokens 'many'")
+    add("more drafts than a step takes", [*GENERATE, *DRAFTS, "17"], "num_speculative_tokens 17 auto 16")
+    add("drafts without an MTP layer", [*GENERATE, *DRAFTS, "2"], "num_speculative_tokens 2 MTP", tensors(remove=MTP))
     shell = "glmx generate run --prompt"
     add("a prompt that is not UTF-8", [*GENERATE[:-1], BAD_PROMPT], "--prompt udcff", shell=f"{shell} $'caf\\xff'")
     add("a prompt beyond the context", [*GENERATE[:-1], LONG_PROMPT], "512", shell=f"{shell} TEXT-OF-1200-WORDS")
@@ -257,6 +261,7 @@ def faults() -> list[Fault]:
     add("a device that this build lacks", [*SERVE, "--device", "cuda"], "cuda cpu")
     add("more tokens than the model takes", [*SERVE, "--max-model-len", "9999"], "max_model_len 9999 512")
     add("no requests at a time", [*SERVE, "--max-num-seqs", "0"], "--max-num-seqs 0")
+    add("a word for a number of drafts", [*SERVE, *DRAFTS, "many"], "--num-speculative-tokens auto 'many'")
     add("a time that is none", [*SERVE, "--drain-timeout", "nan"], "--drain-timeout nan")
     add("an API key of two words", [*SERVE, "--api-key", "a b"], "--api-key", shell="glmx serve run --api-key 'a b'")
     add("no file with the API key", [*SERVE, "--api-key-file", "key.txt"], "--api-key-file key.txt")

@@ -85,7 +85,8 @@ def edit_tensors(
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(file)
-    tensors.pop(remove, None)
+    for name in [name for name in tensors if remove and name.startswith(remove)]:
+        del tensors[name]
     if add:
         tensors[add] = torch.ones(3)
     if shorten:

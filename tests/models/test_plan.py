@@ -34,12 +34,16 @@ def test_activations_grow_with_the_chunk_and_not_with_the_context():
     assert short.activations == long.activations and short.cache < long.cache
     one, five = (memory_plan(config, torch.float32, 1000, sequences=n, chunk=10) for n in (1, 5))
     assert five.activations - one.activations >= 4 * 4 * config.vocab_size, "fp32 logits of each sequence"
+    drafted = memory_plan(config, torch.float32, 1000, sequences=5, chunk=10, drafts=3)
+    assert drafted.activations - five.activations >= 5 * 3 * 4 * config.vocab_size, "and of each draft"
 
 
 def test_bad_numbers():
     for name in ("tokens", "sequences", "chunk"):
         with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
             memory_plan(tiny_config(), torch.float32, **{"tokens": 1, name: 0})
+    with pytest.raises(ValueError, match="drafts is -1, expected at least 0"):
+        memory_plan(tiny_config(), torch.float32, 1, drafts=-1)
 
 
 def test_the_command_needs_a_config_alone(tmp_path, capsys):

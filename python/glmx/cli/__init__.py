@@ -1,5 +1,6 @@
 """The `glmx` command, one module per subcommand."""
 
+import argparse
 import sys
 
 
@@ -12,3 +13,10 @@ def write_out(text: str) -> None:
         raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def drafts(text: str) -> int | str:
+    """The value of --num-speculative-tokens: a number, or "auto"."""
+    if text == "auto" or text.removeprefix("-").isdecimal():
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"expected a number or auto: got {text!r}")

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import json
 
+from glmx.cli import drafts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -16,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="keep the smallest set with mass P (default 1)")
     add("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0 keeps all (default 0)")
     add("--seed", type=int, default=0, metavar="S", help="seed of the sampler (default 0)")
+    add(
+        "--num-speculative-tokens",
+        type=drafts,
+        default=0,
+        metavar="K",
+        help="drafts of the MTP layer in each step, or auto; the text is the same (default 0)",
+    )
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--check-weights", action="store_true", help="refuse weights with NaN or infinity in them")
@@ -39,7 +48,14 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         seed=args.seed,
     )
-    llm = LLM(args.model, device=args.device, dtype=args.dtype, max_num_seqs=1, check_finite=args.check_weights)
+    llm = LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        max_num_seqs=1,
+        num_speculative_tokens=args.num_speculative_tokens,
+        check_finite=args.check_weights,
+    )
     if args.json:
         (out,) = llm.generate([args.prompt], params)
         print(json.dumps(dataclasses.asdict(out), ensure_ascii=False))

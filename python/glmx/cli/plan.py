@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, metavar="N", help="tokens of a sequence (default: the model's longest)")
     add("--sequences", type=int, default=1, metavar="B", help="sequences at the same time (default 1)")
     add("--chunk", type=int, default=8192, metavar="C", help="tokens computed at a time (default 8192)")
+    add("--drafts", type=int, default=0, metavar="K", help="num_speculative_tokens of the server (default 0)")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="default auto: the checkpoint's")
     add("--json", action="store_true", help="print one JSON object, in bytes")
 
@@ -31,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     config = ModelConfig.from_dir(resolve(args.model))
     name = {"auto": config.dtype, "bf16": "bfloat16", "fp32": "float32"}[args.dtype]
     tokens = config.max_position_embeddings if args.tokens is None else args.tokens
-    plan = memory_plan(config, getattr(torch, name), tokens, sequences=args.sequences, chunk=args.chunk)
+    plan = memory_plan(
+        config, getattr(torch, name), tokens, sequences=args.sequences, chunk=args.chunk, drafts=args.drafts
+    )
     if args.json:
         print(json.dumps({**dataclasses.asdict(plan), "total": plan.total}))
         return 0

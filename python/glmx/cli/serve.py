@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glmx.cli import drafts
 from glmx.errors import CheckpointError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8192,
         metavar="N",
         help="tokens computed at a time; longer prompts take several forwards (default 8192)",
+    )
+    add(
+        "--num-speculative-tokens",
+        type=drafts,
+        default=0,
+        metavar="K",
+        help="drafts of the MTP layer for each request and step, or auto; answers are the same (default 0)",
     )
     add(
         "--drain-timeout",
@@ -92,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
                 max_model_len=args.max_model_len,
                 max_num_seqs=args.max_num_seqs,
                 max_num_batched_tokens=args.max_num_batched_tokens,
+                num_speculative_tokens=args.num_speculative_tokens,
                 check_finite=args.check_weights,
             )
         except RuntimeError as error:  # torch has no type of its own for it on the CPU
@@ -149,6 +158,7 @@ def _announce(args: argparse.Namespace, llm: LLM, name: str, numerics: str, url:
         "device": f"{device['device']}: {device['name']}, threads: {device['threads']}",
         "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in _kernels(_dtype(llm)).items()),
         "limits": f"{llm.engine.max_model_len} tokens a request, {args.max_num_seqs} requests at a time",
+        "drafts": _drafts(llm),
         "API key": "required" if has_key else "none",
     }
     print(f"glmx {__version__}")
@@ -158,6 +168,13 @@ def _announce(args: argparse.Namespace, llm: LLM, name: str, numerics: str, url:
         print(f"  warning  --host {args.host} without an API key: whoever reaches this machine can use the model")
     print(f"serving {url}/v1 (Ctrl-C finishes what runs, then stops); try:\n")
     print(f"{_curl(llm, name, url, has_key)}\n", flush=True)
+
+
+def _drafts(llm: LLM) -> str:
+    policy = llm.engine.speculation
+    if policy is None:
+        return "none"
+    return f"up to {policy.limit} a step, as many as pay off" if policy.adaptive else f"{policy.limit} a step"
 
 
 def _kernels(dtype: str) -> dict[str, list[str]]:

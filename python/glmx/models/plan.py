@@ -32,12 +32,15 @@ class MemoryPlan:
 
 
 def memory_plan(
-    config: ModelConfig, dtype: torch.dtype, tokens: int, *, sequences: int = 1, chunk: int = 8192
+    config: ModelConfig, dtype: torch.dtype, tokens: int, *, sequences: int = 1, chunk: int = 8192, drafts: int = 0
 ) -> MemoryPlan:
     """For `sequences` of `tokens` tokens each (prompt and completion), computed at most `chunk` tokens at a time.
 
-    Raises ValueError for numbers below 1.
+    `drafts` is num_speculative_tokens, the most that a step verifies for a sequence. Raises ValueError for numbers
+    below 1, of drafts below 0.
     """
+    if drafts < 0:
+        raise ValueError(f"drafts is {drafts}, expected at least 0")
     for name, value in (("tokens", tokens), ("sequences", sequences), ("chunk", chunk)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
@@ -46,7 +49,9 @@ def memory_plan(
     return MemoryPlan(
         weights=config.num_parameters() * dtype.itemsize,
         cache=pages * PAGE * per_token,
-        activations=_activations(config, dtype.itemsize, min(chunk, tokens * sequences), tokens, sequences) + _SLACK,
+        activations=_activations(config, dtype.itemsize, min(chunk, tokens * sequences), tokens)
+        + sequences * (1 + drafts) * 2 * 4 * config.vocab_size  # logits, and what a sampler makes of them
+        + _SLACK,
         cache_per_token=per_token,
     )
 
@@ -63,11 +68,11 @@ def _layers(config: ModelConfig) -> int:
     return config.num_hidden_layers + config.num_nextn_predict_layers
 
 
-def _activations(config: ModelConfig, size: int, chunk: int, tokens: int, sequences: int) -> int:
+def _activations(config: ModelConfig, size: int, chunk: int, tokens: int) -> int:
     H = config.hidden_size
     stream = (4 * H * size) + 2 * 4 * config.rotary_dim + 16  # residual, layer in and out; angles; ids and positions
     widest = max(_attention(config, size, tokens), _moe(config, size), 3 * config.intermediate_size * size)
-    return chunk * (stream + widest) + sequences * 2 * 4 * config.vocab_size  # logits, and what a sampler makes of them
+    return chunk * (stream + widest)
 
 
 def _attention(config: ModelConfig, size: int, tokens: int) -> int:

@@ -67,7 +67,7 @@ class ModelState:
 
     lengths      [num_sequences] tokens that the decoder layers have seen
     mtp_lengths  [num_sequences] tokens that the MTP layer has seen; its entry t is made from token t+1 too,
-                 so it trails `lengths` by one or more
+                 so between steps it trails `lengths` by one or more
     A slot is taken by `allocate`, by `fork`, or by a forward that names it, and given back by `free`.
     """
 
@@ -108,6 +108,14 @@ class ModelState:
             self.mtp_lengths[seq] = min(self.mtp_lengths[seq], max(length - 1, 0))
             self.lengths[seq] = length
             self.pages.truncate(seq, max(length, self.mtp_lengths[seq]))
+
+    def truncate_mtp(self, seq: int, length: int) -> None:
+        """Forgets the entries of `seq` from `length` on in the MTP layer alone: those that drafts have made."""
+        self._check_live(seq)
+        if not 0 <= length <= self.mtp_lengths[seq]:
+            raise ValueError(f"expected 0 <= length <= {self.mtp_lengths[seq]}, the MTP layer's of {seq}: got {length}")
+        self.mtp_lengths[seq] = length
+        self.pages.truncate(seq, max(self.lengths[seq], length))
 
     def fork(self, seq: int) -> int:
         """A new sequence with the same tokens; later tokens of either do not show in the other."""

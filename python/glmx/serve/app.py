@@ -15,6 +15,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -74,7 +75,9 @@ class Api:
 
     async def health(self, request: HttpRequest) -> Response:
         self._check_running()
-        return _json({"status": "ok", "running": self.worker.running, "waiting": self.worker.waiting})
+        state = {"status": "ok", "running": self.worker.running, "waiting": self.worker.waiting}
+        drafts = self.llm.speculation
+        return _json(state if drafts is None else {**state, "speculation": asdict(drafts)})
 
     async def models(self, request: HttpRequest) -> Response:
         return _json({"object": "list", "data": [self._model_card()]})

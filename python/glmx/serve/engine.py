@@ -4,6 +4,9 @@ Every step gives each running sequence the tokens that its cache lacks (a new on
 others the token drawn last), in one batch, and draws one token for each. Since a sequence's logits and its
 random numbers depend on itself alone, neither batch nor order shows in any result.
 
+With speculation a sequence is given drafts of its next tokens too (glmx.serve.drafts). At each of their positions
+the token is drawn as ever; while the drafts are what was drawn, the step has gained more than one token.
+
 An engine belongs to one thread at a time: nothing here locks (glmx.serve.worker does).
 """
 
@@ -11,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -21,12 +25,17 @@ import torch
 from glmx import ops
 from glmx.models.batch import Batch
 from glmx.models.decoder import Decoder
-from glmx.ops import sample
-from glmx.serve.rules import sampling_rules
+from glmx.ops import mtp_verify, sample
+from glmx.serve.drafts import Drafter
+from glmx.serve.rules import sampling_rules, verification_rules
 from glmx.serve.sampling import Logprob, SamplingParams
+from glmx.serve.speculation import Speculation, Track
 from glmx.serve.text import TextStream
 
 log = logging.getLogger(__name__)
+
+# Rows of hidden states that a sequence keeps for the MTP layer while it makes no drafts; then they are taken in.
+MAX_HELD = 64
 
 
 class ContextLengthError(ValueError):
@@ -49,6 +58,8 @@ class Request:
     slot           its place in the state while it runs, else -1
     finish_reason  "stop", "length" or None; stop_reason: the id or the string that stopped it
     error          why it failed, in place of a finish_reason
+    held           hidden states [h, H] that the MTP layer has yet to take in; None: no drafts are made
+    track          how well its drafts do
     """
 
     request_id: str
@@ -64,6 +75,8 @@ class Request:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
+    held: torch.Tensor | None = None
+    track: Track | None = None
 
     @property
     def finished(self) -> bool:
@@ -83,15 +96,25 @@ class Engine:
 
     `max_num_batched_tokens` bounds a forward: prompts wait while others fill it, and one that is longer is computed in
     pieces, which changes no bits. So memory does not grow with a prompt, but for its cache (glmx.models.plan).
+    `speculation` says how many drafts are made, None: none ever; `clock` (seconds) tells it what steps cost.
     """
 
     def __init__(
-        self, model: Decoder, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int = 8192
+        self,
+        model: Decoder,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int = 8192,
+        speculation: Speculation | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         self.state = model.new_state(max_num_seqs, max_model_len)
+        self.speculation = speculation
+        self.clock = clock
+        self._drafter = Drafter(model, self.state, max_num_batched_tokens)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         # The one thread that may add requests and step; None: whoever calls.
@@ -131,7 +154,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """One forward, one new token for each running request; returns those requests.
+        """One forward, at least one new token for each running request; returns those requests.
 
         When the batch fails, each of its requests runs alone, which gives the same results: those that are
         sound go on, the others end with `error` set.
@@ -169,39 +192,139 @@ class Engine:
                 return
             request = self.waiting.popleft()
             request.slot = self.state.allocate()
+            if self.speculation is not None:
+                request.track = self.speculation.track()
+                if self._room(request) > 2:  # one comes with the prompt, and the last one needs no draft
+                    empty = torch.empty(0, self.model.config.hidden_size, dtype=self.model.dtype)
+                    request.held = empty.to(self.model.device)
             self.running.append(request)
 
     def _advance(self, batch: list[Request]) -> None:
-        """Draws one token for each request, or raises and leaves requests and state as they were."""
+        """Draws the next tokens of each request, or raises and leaves requests and state as they were."""
         slots = [request.slot for request in batch]
-        cached = [self.state.lengths[slot] for slot in slots]
+        lengths = [(self.state.lengths[slot], self.state.mtp_lengths[slot]) for slot in slots]
         try:
             for request in batch:
                 self._shorten(request)
-            hidden_BH = self._forward(batch, slots)
-            logits_BV = self.model.logits(hidden_BH)
-            ids_B = sample(logits_BV, **sampling_rules(batch))
-            logprobs = self._logprobs(batch, hidden_BH, logits_BV, ids_B)
+            times = [self.clock()]
+            drafts = self._draft(batch)
+            times.append(self.clock())
+            cached = [self.state.lengths[slot] for slot in slots]
+            known = [request.tokens_from(start) for request, start in zip(batch, cached, strict=True)]
+            new = [ids + guesses for ids, guesses in zip(known, drafts, strict=True)]
+            hidden = self._append_tokens(slots, new).split(list(map(len, new)))
+            gained, logprobs = self._verify(batch, drafts, hidden)
+            held = []
+            for request, tokens, guesses, rows_TH in zip(batch, gained, drafts, hidden, strict=True):
+                wrong = 1 + len(guesses) - len(tokens)
+                self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
+                held.append(self._hold(request, tokens, rows_TH[: len(rows_TH) - wrong]))
+            times.append(self.clock())
         except BaseException:
-            for slot, length in zip(slots, cached, strict=True):
+            for slot, (length, mtp_length) in zip(slots, lengths, strict=True):
                 self.state.truncate(slot, length)
+                self.state.truncate_mtp(slot, mtp_length)
             raise
-        for request, token, found in zip(batch, ids_B.tolist(), logprobs, strict=True):
-            self._append(request, token, found)
+        self._learn(batch, known, drafts, gained, times)
+        for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
+            request.held = rows
+            for token, logprob in zip(tokens, found, strict=True):
+                if not request.finished:
+                    self._append(request, token, logprob)
 
     def _shorten(self, request: Request) -> None:
         """Computes the head of a prompt that one forward does not hold, piece by piece."""
         slot, piece = request.slot, self.max_num_batched_tokens
         while request.num_tokens - (cached := self.state.lengths[slot]) > piece:
-            self._append_tokens([slot], [request.tokens_from(cached)[:piece]])
+            ids = request.tokens_from(cached)
+            hidden_TH = self._append_tokens([slot], [ids[:piece]])
+            if request.held is not None:
+                self._drafter.prime(slot, hidden_TH, ids[1 : piece + 1])
 
-    def _forward(self, running: Sequence[Request], slots: Sequence[int]) -> torch.Tensor:
-        """The hidden state [B, H] of each request's last token."""
-        starts = [self.state.lengths[slot] for slot in slots]
-        new = [request.tokens_from(start) for request, start in zip(running, starts, strict=True)]
-        hidden_TH = self._append_tokens(slots, new)
-        ends = list(accumulate(map(len, new)))
-        return hidden_TH[torch.tensor(ends, device=self.model.device) - 1]
+    def _draft(self, batch: Sequence[Request]) -> list[list[int]]:
+        """Guesses of each request's next tokens; as many as it can still gain, and as the forward still holds."""
+        if self.speculation is None:
+            return [[] for _ in batch]
+        rooms = [self._room(r) - 1 if r.held is not None and len(r.held) else 0 for r in batch]
+        spare = self.max_num_batched_tokens - sum(r.num_tokens - self.state.lengths[r.slot] for r in batch)
+        counts = []
+        for count in self.speculation.counts(_tracks(batch), rooms):
+            counts.append(min(count, max(spare, 0)))
+            spare -= counts[-1]
+        return self._drafter.draft(batch, counts, self._draw)
+
+    def _room(self, request: Request) -> int:
+        """How many tokens a request may still gain."""
+        left = self.max_model_len - request.num_tokens
+        return min(request.params.max_tokens - len(request.token_ids), left)
+
+    def _verify(
+        self, batch: Sequence[Request], drafts: Sequence[Sequence[int]], hidden: Sequence[torch.Tensor]
+    ) -> tuple[list[list[int]], list[list[dict[int, Logprob] | None]]]:
+        """The tokens that each request gains, and their log-probs: one, and one more for each draft that was right.
+
+        hidden [T, H] of each request; its last 1 + len(drafts) rows are the last known token's and the drafts'.
+        """
+        K = max(map(len, drafts))
+        places, starts = [], list(accumulate(map(len, hidden), initial=0))
+        for guesses, end in zip(drafts, starts[1:], strict=True):
+            known = end - len(guesses) - 1
+            places += [min(known + j, end - 1) for j in range(K + 1)]  # behind fewer drafts than K, rows nobody reads
+        rows_RH = torch.cat(list(hidden))[torch.tensor(places, device=self.model.device)]
+        logits_RV = self.model.logits(rows_RH)
+        if K == 0:
+            gained = [[token] for token in self._draw(logits_RV, batch, drafts)]
+        else:
+            ids_BK = torch.tensor([[*guesses, *[-1] * (K - len(guesses))] for guesses in drafts])
+            rules = verification_rules(batch, drafts)
+            out = mtp_verify(ids_BK, logits_RV.view(len(batch), K + 1, -1), **rules)
+            gained = [ids[: n + 1] for ids, n in zip(out.tokens.tolist(), out.accepted.tolist(), strict=True)]
+        return gained, self._logprobs(batch, gained, rows_RH, logits_RV)
+
+    def _draw(self, logits_BV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Sequence[int]]) -> list[int]:
+        """The token behind the drafts of each request, by its parameters and by its place in the sequence."""
+        return sample(logits_BV, **sampling_rules(batch, drafts)).tolist()
+
+    def _hold(self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor) -> torch.Tensor | None:
+        """What the MTP layer has yet to take in of a request that gains `tokens`; `rows` are the last hidden states."""
+        if request.held is None or self._room(request) - len(tokens) < 2:
+            return None
+        start = self.state.mtp_lengths[request.slot]
+        missing = self.state.lengths[request.slot] - start - len(rows_TH)
+        held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])
+        if len(held_TH) > MAX_HELD:
+            # All but the last, out of which the first draft comes.
+            next_ids = [*request.tokens_from(start + 1), *tokens][: len(held_TH) - 1]
+            self._drafter.prime(request.slot, held_TH[:-1], next_ids)
+            held_TH = held_TH[-1:].clone()
+        return held_TH
+
+    def _learn(
+        self,
+        batch: Sequence[Request],
+        known: Sequence[Sequence[int]],
+        drafts: Sequence[Sequence[int]],
+        gained: Sequence[Sequence[int]],
+        times: Sequence[float],
+    ) -> None:
+        """Tells the speculation how a step's drafts did, and what the step cost."""
+        if self.speculation is None:
+            return
+        self.speculation.observe(_tracks(batch), list(map(len, drafts)), [len(tokens) - 1 for tokens in gained])
+        if all(len(ids) == 1 for ids in known):
+            caught_up = [
+                len(r.held) for r, guesses in zip(batch, drafts, strict=True) if guesses and r.held is not None
+            ]
+            short = max(caught_up, default=0) <= self.speculation.limit + 1
+            began, drafted_at, ended = times
+            drafted = sum(map(len, drafts))
+            self.speculation.observe_times(
+                len(batch) + drafted,
+                ended - drafted_at,
+                drafted,
+                max(map(len, drafts)),
+                drafted_at - began if short else None,
+            )
 
     def _append_tokens(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> torch.Tensor:
         """One forward over the next tokens of each slot -> hidden [T, H]."""
@@ -218,31 +341,40 @@ class Engine:
         )
 
     def _logprobs(
-        self, batch: Sequence[Request], hidden_BH: torch.Tensor, logits_BV: torch.Tensor, ids_B: torch.Tensor
-    ) -> list[dict[int, Logprob] | None]:
-        """Per request the drawn token and the most likely ones, None where nobody asked.
+        self,
+        batch: Sequence[Request],
+        gained: Sequence[Sequence[int]],
+        hidden_RH: torch.Tensor,
+        logits_RV: torch.Tensor,
+    ) -> list[list[dict[int, Logprob] | None]]:
+        """Of each token that a request gained, its own and the most likely ones; None where nobody asked.
 
-        The log-probs are lm_head_logprob's, which are the trainer's; the logits give the rank alone.
+        hidden and logits have as many rows for each request, of which `gained` came out of the first. The log-probs are
+        lm_head_logprob's, which are the trainer's; the logits give the rank alone.
         """
-        top_n = max((r.params.logprobs for r in batch if r.params.logprobs is not None), default=None)
-        if top_n is None:
-            return [None] * len(batch)
-        out = ops.lm_head_logprob(hidden_BH, self.model.lm_head.weight, ids_B, top_n=top_n)
-        result: list[dict[int, Logprob] | None] = []
-        for b, request in enumerate(batch):
-            if request.params.logprobs is None:
-                result.append(None)
-                continue
-            name = request.text.token_text
-            token = int(ids_B[b])
-            rank = 1 + int((logits_BV[b] > logits_BV[b, token]).sum())
-            found = {token: Logprob(float(out.logprob[b]), rank, name(token))}
-            top_ids = out.top_ids[b, : request.params.logprobs].tolist()
-            top_logprobs = out.top_logprobs[b, : request.params.logprobs].tolist()
-            for place, (i, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
-                found.setdefault(i, Logprob(logprob, place, name(i)))
-            result.append(found)
-        return result
+        width = len(hidden_RH) // len(batch)
+        found: list[list[dict[int, Logprob] | None]] = [[None] * len(tokens) for tokens in gained]
+        asked = [
+            (b, j, n)
+            for b, request in enumerate(batch)
+            if (n := request.params.logprobs) is not None
+            for j in range(len(gained[b]))
+        ]
+        if not asked:
+            return found
+        rows = torch.tensor([b * width + j for b, j, _ in asked], device=hidden_RH.device)
+        ids_A = torch.tensor([gained[b][j] for b, j, _ in asked], device=hidden_RH.device)
+        top_n = max(n for _, _, n in asked)
+        out = ops.lm_head_logprob(hidden_RH[rows], self.model.lm_head.weight, ids_A, top_n=top_n)
+        for a, (b, j, n) in enumerate(asked):
+            name, token, logits_V = batch[b].text.token_text, gained[b][j], logits_RV[b * width + j]
+            rank = 1 + int((logits_V > logits_V[token]).sum())
+            mine = {token: Logprob(float(out.logprob[a]), rank, name(token))}
+            tops = zip(out.top_ids[a, :n].tolist(), out.top_logprobs[a, :n].tolist(), strict=True)
+            for place, (i, logprob) in enumerate(tops, 1):
+                mine.setdefault(i, Logprob(logprob, place, name(i)))
+            found[b][j] = mine
+        return found
 
     def _append(self, request: Request, token: int, logprobs: dict[int, Logprob] | None) -> None:
         """Takes a drawn token in, with its text, and ends the request when that is due."""
@@ -268,3 +400,8 @@ class Engine:
         if request.slot >= 0:
             self.state.free(request.slot)
             request.slot = -1
+        request.held = None
+
+
+def _tracks(batch: Sequence[Request]) -> list[Track]:
+    return [request.track for request in batch if request.track is not None]

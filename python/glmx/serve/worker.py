@@ -36,11 +36,11 @@ class ShuttingDownError(RuntimeError):
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step added to one job. The last one has a finish_reason or an error.
+    """What one token added to a job, however many a step gained. The last one has a finish_reason or an error.
 
     text           what became safe to show: may be empty while more is held back (see TextStream)
-    token_ids      the new tokens, those of a stop string and a stop id included
-    logprobs       one dict per token of token_ids; None unless asked for
+    token_ids      the new token, also one of a stop string and a stop id
+    logprobs       one dict for it; None unless asked for
     finish_reason  "stop" or "length"; stop_reason is the stop id or string
     error          one line: why the job failed
     """
@@ -66,24 +66,26 @@ class Job:
     sent: int = 0
 
     def deliver(self, error: str | None = None) -> None:
-        """Calls on_delta with what the request has gained since, or with the error that ends it."""
+        """Calls on_delta with each token that the request has gained since, or with the error that ends it."""
         with self.lock:
-            if self.closed:
-                return
-            request, new = self.request, slice(self.sent, None)
-            if error is None:
-                delta = Delta(
-                    "".join(request.pieces[new]),
-                    request.token_ids[new],
-                    request.logprobs[new] if request.params.logprobs is not None else None,
-                    request.finish_reason,
-                    request.stop_reason,
+            if error is not None and not self.closed:
+                self.closed = True
+                self.on_delta(Delta(error=error))
+            request = self.request
+            while not self.closed and self.sent < len(request.token_ids):
+                n = self.sent
+                self.sent += 1
+                last = request.finished and self.sent == len(request.token_ids)
+                self.closed = last
+                self.on_delta(
+                    Delta(
+                        request.pieces[n],
+                        request.token_ids[n : n + 1],
+                        request.logprobs[n : n + 1] if request.params.logprobs is not None else None,
+                        request.finish_reason if last else None,
+                        request.stop_reason if last else None,
+                    )
                 )
-            else:
-                delta = Delta(error=error)
-            self.sent = len(request.token_ids)
-            self.closed = request.finished or error is not None
-            self.on_delta(delta)
 
 
 class Worker:
@@ -139,7 +141,7 @@ class Worker:
     def submit(self, prompt_token_ids: Sequence[int], params: SamplingParams, on_delta: Callable[[Delta], None]) -> Job:
         """Queues a prompt, from any thread.
 
-        `on_delta` is called on the worker's thread, once per step, and must not block it. Raises, before any
+        `on_delta` is called on the worker's thread, once per token, and must not block it. Raises, before any
         work: ValueError and TypeError (bad prompt or params), ContextLengthError (prompt and max_tokens do not
         fit into max_model_len together), QueueFullError, ShuttingDownError.
         """

@@ -1,0 +1,115 @@
+"""Drafts: the MTP layer guesses the next tokens of sequences whose verification the engine then decides.
+
+The layer's entry t is made of the hidden state of token t and of token t+1. What it lacks of a sequence rides in
+`Request.held`, so that
+
+    state.mtp_lengths[slot] + len(request.held) == state.lengths[slot]
+
+between two steps, with at least one row held. The first draft comes out of the last of these entries; each further
+one feeds the layer's own hidden state (after its norm) and the draft before it. Entries made so are guesses too, and
+are taken back at once: the next step makes them again from what the decoder has computed.
+
+Legend: T rows, B sequences, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from glmx.layers.dsa import Selection
+from glmx.models.batch import Batch
+from glmx.models.decoder import Decoder, MTPStep
+from glmx.models.state import ModelState
+
+if TYPE_CHECKING:
+    from glmx.serve.engine import Request
+
+Draw = Callable[[torch.Tensor, Sequence["Request"], Sequence[Sequence[int]]], list[int]]
+
+
+class Drafter:
+    """The MTP layer of `model` on the sequences of `state`; no forward of it exceeds `max_rows` rows."""
+
+    def __init__(self, model: Decoder, state: ModelState, max_rows: int) -> None:
+        self.model, self.state, self.max_rows = model, state, max_rows
+        self._shares_keys = model.config.index_share_for_mtp_iteration
+
+    def prime(self, slot: int, hidden_TH: torch.Tensor, next_ids: Sequence[int]) -> None:
+        """Appends the entries of T tokens, each with the id of the token behind it."""
+        for start in range(0, len(next_ids), self.max_rows):
+            piece = slice(start, start + self.max_rows)
+            self._append([slot], [hidden_TH[piece]], [next_ids[piece]])
+
+    def draft(self, requests: Sequence[Request], counts: Sequence[int], draw: Draw) -> list[list[int]]:
+        """`counts` drafts for each request; those with some have taken in what they held.
+
+        `draw(logits_BV, requests, drafts)` chooses the tokens behind drafts, by the rules that the verification
+        follows: with the same random numbers, so that a draft is right wherever the two distributions draw the same.
+        """
+        drafts: list[list[int]] = [[] for _ in requests]
+        active = [i for i, count in enumerate(counts) if count]
+        if not active:
+            return drafts
+        share = max(self.max_rows // len(active), 1)
+        hidden, next_ids = [], []
+        for i in active:
+            request = requests[i]
+            assert request.held is not None
+            known = request.tokens_from(self.state.mtp_lengths[request.slot] + 1)
+            head = max(len(known) - share, 0)
+            self.prime(request.slot, request.held[:head], known[:head])
+            hidden.append(request.held[head:])
+            next_ids.append(known[head:])
+        ends = list(accumulate(map(len, next_ids)))
+        rows = torch.tensor(ends, device=self.model.device) - 1
+        out = self._append([requests[i].slot for i in active], hidden, next_ids)
+        z_BH, selection = out.hidden[rows], self._kept(out.selection, rows)
+        depth = 0
+        while True:
+            ids = draw(self.model.logits(z_BH), [requests[i] for i in active], [drafts[i] for i in active])
+            for i, token in zip(active, ids, strict=True):
+                drafts[i].append(token)
+            depth += 1
+            on = [b for b, i in enumerate(active) if counts[i] > depth]
+            if not on:
+                break
+            rows = torch.tensor(on, device=self.model.device)
+            active = [active[b] for b in on]
+            slots = [requests[i].slot for i in active]
+            selection = self._kept(selection, rows)
+            z_BH = self._append(slots, z_BH[rows].split(1), [[ids[b]] for b in on], selection).hidden
+        for request, count in zip(requests, counts, strict=True):
+            if count:
+                self.state.truncate_mtp(request.slot, self.state.lengths[request.slot])
+        return drafts
+
+    def _kept(self, selection: Selection | None, rows: torch.Tensor) -> Selection | None:
+        """The first draft's keys for the later ones, where the config shares them."""
+        if not self._shares_keys or selection is None or selection.topk_indices is None:
+            return None
+        return Selection(selection.topk_indices[rows])
+
+    def _append(
+        self,
+        slots: Sequence[int],
+        hidden: Sequence[torch.Tensor],
+        next_ids: Sequence[Sequence[int]],
+        selection: Selection | None = None,
+    ) -> MTPStep:
+        starts = [self.state.mtp_lengths[slot] for slot in slots]
+        totals = [start + len(ids) for start, ids in zip(starts, next_ids, strict=True)]
+        batch = Batch(Batch.from_lengths([len(ids) for ids in next_ids]).cu_seqlens_q, totals, slots)
+        positions = [p for start, total in zip(starts, totals, strict=True) for p in range(start, total)]
+        device = self.model.device
+        return self.model.mtp_step(
+            torch.cat(list(hidden)),
+            torch.tensor([i for ids in next_ids for i in ids], device=device),
+            torch.tensor(positions, device=device),
+            batch,
+            self.state,
+            selection,
+        )

@@ -1,0 +1,227 @@
+"""How many drafts to verify: the policy of speculative decoding, and what it counts. No tensors here.
+
+Verification draws at every position the token that plain decoding draws there, so that no choice made here, and no
+clock that it looks at, shows in any text.
+
+A step with drafts gains 1 + a1 + a1*a2 + ... tokens of a sequence, with a1 the share of first drafts that turn out
+right, a2 that of second ones behind a right first one, and so on. It costs the drafting and a wider forward. `choose`
+takes the counts with the most tokens per second.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from statistics import median
+
+from glmx.errors import UnsupportedError
+
+AUTO_LIMIT = 6  # drafts of a sequence under "auto": one MTP layer, trained for a few steps, seldom guesses further
+MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
+# A sequence without drafts tries one after so many steps, as its text may have become easier; after each that is wrong
+# it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
+PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
+UNLIKELY = 0.02  # drafts with less of a chance are not looked at: a forward row costs more than 2 % of a forward
+HOPE = 0.8  # of drafts that were never tried: high, so that they are
+POOL_WEIGHT, POOL_DECAY = 4.0, 0.995  # all sequences: HOPE counts as 4 tries, and the last 200 tries count
+OWN_WEIGHT, OWN_DECAY = 8.0, 0.95  # one sequence: the others' share counts as 8 tries, and its last 20 count
+RECENT_TIMES = 9  # a median of so many is deaf to a step that had to wait for a core
+STALE_TIMES = 256  # measurements: a size not seen for so long is measured anew, as contexts have grown since
+
+
+def choose(acceptance: Sequence[Sequence[float]], cost: Callable[[int, int], float]) -> list[int]:
+    """Drafts for each sequence of a batch, so that a step gains the most tokens per second; of equals the fewest.
+
+    acceptance[s][j]  the chance that draft j+1 of sequence s is right when those before it are; as long as the
+                      sequence may have drafts
+    cost(rows, depth) seconds of a forward over `rows` rows, with `depth` draft steps before it
+    """
+    B = len(acceptance)
+    reach = []
+    for s, chances in enumerate(acceptance):
+        chance = 1.0
+        for d, a in enumerate(chances, 1):
+            chance *= a
+            if chance < UNLIKELY:
+                break
+            reach.append((-chance, d, s))
+    reach.sort()  # a later draft of a sequence is never before an earlier one
+    best, counts = B / cost(B, 0) if B else 0.0, [0] * B
+    for depth in range(1, 1 + max((d for _, d, _ in reach), default=0)):
+        tokens, rows, tried = float(B), B, [0] * B
+        for chance, d, s in reach:
+            if d > depth:
+                continue
+            tokens, rows, tried[s] = tokens - chance, rows + 1, d
+            if (rate := tokens / cost(rows, depth)) > best * (1 + 1e-9):
+                best, counts = rate, list(tried)
+    return counts
+
+
+class Acceptance:
+    """Estimates of how often draft j+1 is right when those before it were, j = 0 .. limit-1; old tries fade."""
+
+    def __init__(self, limit: int, prior: Acceptance | None = None) -> None:
+        self._prior = prior
+        self._weight, self._decay = (POOL_WEIGHT, POOL_DECAY) if prior is None else (OWN_WEIGHT, OWN_DECAY)
+        self._right, self._tries = [0.0] * limit, [0.0] * limit
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        for j in range(min(drafted, accepted + 1)):
+            self._right[j] = self._decay * self._right[j] + (j < accepted)
+            self._tries[j] = self._decay * self._tries[j] + 1
+
+    def estimates(self, count: int) -> list[float]:
+        prior = [HOPE] * count if self._prior is None else self._prior.estimates(count)
+        w, rows = self._weight, zip(self._right, self._tries, prior, strict=False)
+        return [(right + w * before) / (tries + w) for right, tries, before in rows]
+
+
+class Times:
+    """Seconds of a forward by its rows: the median of the last few, on straight lines between sizes.
+
+    Above the largest size the time is taken to grow no more, and below the smallest to shrink in proportion: hopes
+    that make the policy try what it has not measured.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[int, deque[float]] = {}
+        self._seen: dict[int, int] = {}
+        self._medians: dict[int, float] = {}
+        self._sizes: list[int] = []
+        self._added = 0
+
+    def add(self, size: int, seconds: float) -> None:
+        self._added += 1
+        self._seen[size] = self._added
+        recent = self._recent.setdefault(size, deque(maxlen=RECENT_TIMES))
+        recent.append(seconds)
+        self._medians[size] = median(recent)
+        for old in [s for s, seen in self._seen.items() if self._added - seen > STALE_TIMES]:
+            del self._recent[old], self._seen[old], self._medians[old]
+        self._sizes = sorted(self._medians)
+
+    def at(self, size: float) -> float:
+        if not self._sizes:
+            return 0.0
+        place = bisect_right(self._sizes, size)
+        if place == 0:
+            return self._medians[self._sizes[0]] * size / self._sizes[0]
+        below = self._sizes[place - 1]
+        low = self._medians[below]
+        if place == len(self._sizes):
+            return low
+        above = self._sizes[place]
+        return low + (self._medians[above] - low) * (size - below) / (above - below)
+
+
+@dataclass
+class Track:
+    """What is known of one sequence: its acceptance, how many steps it has had without drafts, and how many it may."""
+
+    acceptance: Acceptance
+    idle: int = 0
+    patience: int = PROBE_STEPS
+
+
+@dataclass
+class Counters:
+    """Since the start, with vLLM's names. `_per_pos` [limit]: by a draft's place in its step.
+
+    A draft is accepted when it and those before it in its step are right.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens_per_pos: list[int] = field(default_factory=list)
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(self.num_draft_tokens_per_pos)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(self.num_accepted_tokens_per_pos)
+
+    def add(self, drafted: int, accepted: int) -> None:
+        self.num_drafts += drafted > 0
+        for j in range(drafted):
+            self.num_draft_tokens_per_pos[j] += 1
+            self.num_accepted_tokens_per_pos[j] += j < accepted
+
+
+class Speculation:
+    """How many drafts each sequence gets: `limit`, or with `adaptive` what has paid off, up to `limit`."""
+
+    def __init__(self, limit: int, adaptive: bool = False) -> None:
+        if not 1 <= limit <= MAX_DRAFTS:
+            raise ValueError(f"the limit of drafts is {limit}, expected 1 to {MAX_DRAFTS}")
+        self.limit, self.adaptive = limit, adaptive
+        self.counters = Counters(0, [0] * limit, [0] * limit)
+        self._pool = Acceptance(limit)
+        self._patience = PROBE_STEPS  # the last one that a sequence came to, where the next begins
+        # By rows; a draft step's are the sequences that take part in it, on average over a step's.
+        self._forwards, self._draft_steps = Times(), Times()
+
+    def track(self) -> Track:
+        """For a new sequence."""
+        return Track(Acceptance(self.limit, self._pool), patience=self._patience)
+
+    def counts(self, tracks: Sequence[Track], rooms: Sequence[int]) -> list[int]:
+        """Drafts for each sequence of a step, at most its room."""
+        rooms = [min(room, self.limit) for room in rooms]
+        if not self.adaptive:
+            return rooms
+        wanted = [track.acceptance.estimates(room) for track, room in zip(tracks, rooms, strict=True)]
+        counts = choose(wanted, cache(partial(self._cost, len(tracks))))
+        if any(track.idle >= track.patience and not count for track, count in zip(tracks, counts, strict=True)):
+            # Those that soon would do it too join in: the draft step is paid for once.
+            ready = [2 * track.idle >= track.patience for track in tracks]
+            counts = [count or min(ok, room) for count, ok, room in zip(counts, ready, rooms, strict=True)]
+        return counts
+
+    def observe(self, tracks: Sequence[Track], drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """What a step has verified."""
+        for track, count, right in zip(tracks, drafted, accepted, strict=True):
+            if right:
+                track.patience = self._patience = PROBE_STEPS
+            elif count and 2 * track.idle >= track.patience:
+                track.patience = self._patience = min(2 * track.patience, MAX_PROBE_STEPS)
+            track.idle = 0 if count else track.idle + 1
+            self.counters.add(count, right)
+            for known in (track.acceptance, self._pool):
+                known.observe(count, right)
+
+    def observe_times(self, rows: int, forward_s: float, drafts: int, depth: int, drafting_s: float | None) -> None:
+        """What a step without prompts took: its forward, and the draft steps, unless they had more to do than drafts.
+
+        depth  draft steps, the most drafts that a sequence got; `drafts` of all together
+        """
+        self._forwards.add(rows, forward_s)
+        if depth and drafting_s is not None:
+            self._draft_steps.add(round(drafts / depth), drafting_s / depth)
+
+    def _cost(self, sequences: int, rows: int, depth: int) -> float:
+        drafting_s = depth * self._draft_steps.at((rows - sequences) / depth) if depth else 0.0
+        return max(self._forwards.at(rows) + drafting_s, 1e-9)
+
+
+def check_drafts(num_speculative_tokens: int | str) -> None:
+    """Raises ValueError unless it is "auto" or 0 to MAX_DRAFTS."""
+    asked = num_speculative_tokens
+    if asked != "auto" and not (isinstance(asked, int) and 0 <= asked <= MAX_DRAFTS):
+        raise ValueError(f"num_speculative_tokens is {asked!r}, expected 'auto' or 0 to {MAX_DRAFTS}")
+
+
+def speculation(num_speculative_tokens: int | str, has_mtp_layer: bool) -> Speculation | None:
+    """From the option: 0 is off, K the same for every sequence, "auto" adapts. UnsupportedError without the layer."""
+    asked = num_speculative_tokens
+    check_drafts(asked)
+    if asked == 0:
+        return None
+    if not has_mtp_layer:
+        raise UnsupportedError(f"num_speculative_tokens is {asked!r}, but this model has no MTP layer to draft with")
+    return Speculation(AUTO_LIMIT, adaptive=True) if isinstance(asked, str) else Speculation(asked)

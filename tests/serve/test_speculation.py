@@ -1,0 +1,191 @@
+"""The policy of speculative decoding: pure functions of estimates and of given times. No clock is read here."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from glmx.serve.speculation import (
+    AUTO_LIMIT,
+    MAX_PROBE_STEPS,
+    PROBE_STEPS,
+    STALE_TIMES,
+    Acceptance,
+    Speculation,
+    Times,
+    choose,
+)
+
+
+def linear(base, per_row, per_draft_step):
+    return lambda rows, depth: base + per_row * rows + per_draft_step * depth
+
+
+@pytest.mark.parametrize(
+    "acceptance, cost, expected",
+    [
+        ([[0.9] * 6], linear(10, 0, 0), [6]),  # free drafts: all that there may be
+        ([[0.0] * 6], linear(10, 0, 0), [0]),  # never right, so of equals the fewest
+        ([[1.0] * 6], linear(0, 1, 0), [0]),  # as many tokens a second with any number
+        ([[0.9] * 6], linear(0, 1, 0), [0]),  # a row costs a step: drafts can only lose
+        ([[0.9] * 6], linear(10, 0, 9.5), [0]),
+        ([[0.9] * 6], linear(10, 0, 8.5), [1]),  # 1.9 tokens for 18.5, before 1 for 10
+        ([[0.9, 0.1, 0.9]], linear(10, 1, 1), [1]),  # what follows an unlikely draft is unlikelier
+        ([[0.5, 1.0, 1.0]], linear(10, 1, 1), [3]),  # and what follows surely is as likely
+        ([[]], linear(10, 1, 1), [0]),
+        ([], linear(10, 1, 1), []),
+        ([[0.9] * 4, [0.1] * 4, [0.9]], linear(10, 1, 0), [4, 0, 1]),  # each its own
+        ([[0.9], [0.2]], linear(10, 1, 3), [1, 1]),  # a draft step that another pays for is worth an unlikely draft
+        ([[0.2]], linear(10, 1, 3), [0]),
+    ],
+)
+def test_choose(acceptance, cost, expected):
+    assert choose(acceptance, cost) == expected
+
+
+def test_choose_finds_the_best_of_all_counts():
+    draw = random.Random(1)
+    for _ in range(200):
+        acceptance = [[draw.random() for _ in range(draw.randint(0, 3))] for _ in range(draw.randint(1, 3))]
+        rows_s, depth_s = (sorted(draw.random() for _ in range(13)) for _ in range(2))
+
+        def cost(rows, depth, rows_s=rows_s, depth_s=depth_s):
+            return 0.2 + rows_s[rows] + (depth_s[depth] if depth else 0)
+
+        def rate(counts, acceptance=acceptance, cost=cost):
+            tokens = len(counts)
+            for row, count in zip(acceptance, counts, strict=True):
+                for d in range(count):
+                    product = 1.0
+                    for a in row[: d + 1]:
+                        product *= a
+                    tokens += product
+            return tokens / cost(len(counts) + sum(counts), max(counts))
+
+        best = max(map(rate, itertools.product(*(range(len(row) + 1) for row in acceptance))))
+        assert rate(choose(acceptance, cost)) == pytest.approx(best)
+
+
+def test_acceptance_is_that_of_drafts_whose_predecessors_were_right():
+    known = Acceptance(3)
+    hope = known.estimates(3)
+    assert len(set(hope)) == 1 and known.estimates(1) == hope[:1] and 0.5 < hope[0] < 1
+    for _ in range(400):
+        known.observe(3, 1)  # the first right, the second wrong, the third never put to the test
+    first, second, third = known.estimates(3)
+    assert first > 0.95 and second < 0.05 and third == hope[0]
+    for _ in range(1000):
+        known.observe(1, 0)
+    assert known.estimates(1)[0] < 0.1  # old tries fade
+
+
+def test_a_sequence_begins_with_what_others_have_shown():
+    pool = Acceptance(2)
+    for _ in range(300):
+        pool.observe(2, 0)
+    own = Acceptance(2, pool)
+    assert own.estimates(2) == pool.estimates(2)
+    for _ in range(60):
+        own.observe(2, 2)
+    assert min(own.estimates(2)) > 0.6 and pool.estimates(2)[0] < 0.1
+
+
+def test_times_are_medians_on_straight_lines():
+    times = Times()
+    assert times.at(3) == 0
+    for seconds in (4.0, 4.0, 100.0, 4.5):  # one step had to wait for a core
+        times.add(4, seconds)
+    assert times.at(4) == times.at(9) == 4.25  # no slower above what is known
+    assert times.at(1) == 4.25 / 4  # in proportion below
+    times.add(8, 6.25)
+    assert times.at(6) == 5.25 and times.at(8) == times.at(20) == 6.25
+    for _ in range(STALE_TIMES):
+        times.add(8, 6.25)
+    assert times.at(4) == 6.25 / 2  # forgotten
+    for n in range(20):
+        times.add(8, 9.0 if n >= 10 else 6.25)
+    assert times.at(8) == 9.0  # the last few count
+
+
+def run(policy, rates, cost, steps, draw, tracks=None):
+    """Steps of sequences whose j-th drafts are right with chance rates[s]: the counts of each step."""
+    tracks = tracks or [policy.track() for _ in rates]
+    seen = []
+    for _ in range(steps):
+        counts = policy.counts(tracks, [100] * len(rates))
+        accepted = []
+        for count, rate in zip(counts, rates, strict=True):
+            right = 0
+            while right < count and draw.random() < rate:
+                right += 1
+            accepted.append(right)
+        policy.observe(tracks, counts, accepted)
+        rows, depth = len(rates) + sum(counts), max(counts)
+        policy.observe_times(rows, cost(rows, 0), sum(counts), depth, cost(0, depth) - cost(0, 0))
+        seen.append(counts)
+    return seen
+
+
+def test_it_settles_at_what_pays_off():
+    settled = {
+        name: [counts[0] for counts in run(Speculation(6, True), [rate], cost, 500, random.Random(3))][-200:]
+        for name, rate, cost in [
+            ("never right", 0.0, linear(10, 1, 1)),
+            ("always right", 1.0, linear(10, 0.2, 0.5)),
+            ("rows cost a step", 0.9, linear(0, 1, 0.1)),
+            ("in between", 0.6, linear(10, 0.5, 1)),
+        ]
+    }
+    assert max(settled["never right"]) == 1 and 1 <= sum(settled["never right"]) <= 3  # tries, ever rarer
+    assert min(settled["always right"]) >= 5 and settled["always right"].count(6) > 180
+    assert sum(settled["rows cost a step"]) < 40
+    best = choose([[0.6] * 6], linear(10, 0.5, 1))[0]
+    assert 1 < best < 4 and sum(abs(count - best) <= 1 for count in settled["in between"]) > 150
+
+
+def test_each_sequence_has_its_own_number():
+    counts = run(Speculation(4, True), [0.95, 0.0, 0.95], linear(10, 0.5, 0.5), 300, random.Random(4))[-100:]
+    assert sum(a >= 3 and b <= 1 and c >= 3 for a, b, c in counts) > 80
+
+
+def test_a_sequence_that_was_off_comes_back():
+    policy, draw, cost = Speculation(4, True), random.Random(5), linear(10, 0.3, 0.5)
+    tracks = [policy.track()]
+    off = run(policy, [0.0], cost, 300, draw, tracks)[PROBE_STEPS:]
+    assert 1 <= sum(c for (c,) in off) < 20 and policy.track().patience == tracks[0].patience > PROBE_STEPS
+    back = [c for (c,) in run(policy, [1.0], cost, 800, draw, tracks)]
+    assert sum(back[-50:]) > 150 and back.index(1) <= MAX_PROBE_STEPS and tracks[0].patience == PROBE_STEPS
+
+
+def test_a_fixed_number_is_fixed_but_for_the_room():
+    policy = Speculation(5)
+    tracks = [policy.track() for _ in range(4)]
+    for _ in range(50):
+        policy.observe(tracks, [5] * 4, [0] * 4)
+    assert policy.counts(tracks, [9, 5, 2, 0]) == [5, 5, 2, 0]
+    auto = Speculation(AUTO_LIMIT, True)
+    assert all(c <= room for c, room in zip(auto.counts(tracks, [9, 3, 1, 0]), [9, 3, 1, 0], strict=True))
+
+
+def test_counters():
+    policy = Speculation(3)
+    policy.observe([policy.track() for _ in range(3)], [3, 2, 0], [1, 2, 0])
+    counters = policy.counters
+    assert (counters.num_drafts, counters.num_draft_tokens, counters.num_accepted_tokens) == (2, 5, 3)
+    assert counters.num_draft_tokens_per_pos == [2, 2, 1] and counters.num_accepted_tokens_per_pos == [2, 1, 0]
+
+
+@pytest.mark.parametrize("limit", [0, 17])
+def test_limits(limit):
+    with pytest.raises(ValueError, match=f"limit of drafts is {limit}, expected 1 to 16"):
+        Speculation(limit)
+
+
+def test_sequences_without_drafts_try_them_together():
+    policy, draw = Speculation(2, True), random.Random(6)
+    tracks = [policy.track() for _ in range(3)]
+    run(policy, [0.0] * 3, linear(10, 1, 1), 100, draw, tracks)
+    tracks[0].idle, tracks[1].idle, tracks[2].idle = tracks[0].patience, tracks[1].patience // 2, 0
+    assert policy.counts(tracks, [5] * 3) == [1, 1, 0] and policy.counts(tracks, [0, 5, 5]) == [0, 1, 0]
