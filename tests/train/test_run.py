@@ -141,11 +141,12 @@ def test_the_log_has_the_promised_fields(raw):
     steps, heldout = [r for r in log if "loss" in r], [r for r in log if "heldout_loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6] and [r["step"] for r in heldout] == [3, 6]
     fields = {"step", "tokens", "loss", "mtp_loss", "aux_loss", "lr", "grad_norm", "tokens_per_s", "time_s"}
-    assert set(steps[0]) == fields | {"indexer_kl", "max_vio", "expert_load"}
+    assert set(steps[0]) == fields | {"mtp_step_losses", "indexer_kl", "max_vio", "expert_load"}
     assert [r["tokens"] for r in steps] == [96 * i for i in range(1, 7)]
     for record in steps:  # one MoE layer and the MTP layer; every token takes 2 of 8 experts
         assert [len(load) for load in record["expert_load"]] == [8, 8]
         assert [sum(load) for load in record["expert_load"]] == [192, 192]
+        assert record["mtp_step_losses"] == [record["mtp_loss"]]
         assert record["max_vio"] == pytest.approx([max(x) / 24 - 1 for x in record["expert_load"]])
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert steps[-1]["lr"] == pytest.approx(1e-3)
