@@ -295,8 +295,8 @@ def drafts_words(drafts: Acceptance) -> str:
     numbers = ", ".join(str(draft) for draft in range(1, DRAFTS + 1))
     shares = ", ".join(f"{share:.1%}" for share in drafts.shares)
     return (
-        f"drafts    greedy decoding accepts draft {numbers} of the MTP layer at {shares} of {drafts.places:,} places of "
-        f"held-out text: {drafts.tokens_per_step:.2f} tokens per forward of the model"
+        f"drafts    greedy decoding accepts draft {numbers} of the MTP layer at {shares} of {drafts.places:,} "
+        f"places of held-out text: {drafts.tokens_per_step:.2f} tokens per forward of the model"
     )
 
 

@@ -347,7 +347,7 @@ def _speed(axes: Axes, x: np.ndarray, steps: list[dict]) -> None:
 def _drafts(axes: Axes, accepted: Sequence[float]) -> None:
     """A bar per draft position; above them is room for a line on what that makes of the decoding speed."""
     axes.set_title("Accepted drafts", loc="left", color=MTP)
-    places = np.arange(1, len(accepted) + 1)
+    places = range(1, len(accepted) + 1)
     axes.bar(places, accepted, color=MTP, width=0.62)
     for place, share in zip(places, accepted, strict=True):
         axes.text(place, share + 0.015, f"{share:.0%}", ha="center", va="bottom", fontsize=9.5)
