@@ -11,7 +11,8 @@ The MTP layer is applied S times with the same weights (GLM-5, 2.1): row t of st
 step before, after the norm (in step 1 the model's), and the token s ahead, attends to the rows of its own step, and
 predicts the token s + 1 ahead. The steps are one layer that ran S times: whatever counts per layer (its loss, balance
 loss and KL) is their mean, and the loads of its experts are their sum. Rows whose token s ahead is not in the document
-come last in it, so no row with a target sees them; their attention is made up, and the KL leaves them out.
+come last in it, so no row with a target sees them; their attention is made up, and the KL leaves them out. (The loads
+and the balance loss do not.)
 """
 
 from __future__ import annotations
