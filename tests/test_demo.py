@@ -169,6 +169,7 @@ def test_the_small_glm_4_5(tmp_path: Path, snippets: list[list[int]], monkeypatc
     check_drafts(done.stdout)
     run = tmp_path / "out" / "run"
     assert check_against_transformers(run / (run / "latest").read_text().strip(), snippets, monkeypatch) == 0
+    assert len(json.loads((run / "log.jsonl").read_text().splitlines()[0])["mtp_step_losses"]) == 1
 
 
 @pytest.mark.parametrize(

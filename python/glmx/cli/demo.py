@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 TOKENS = 600_000  # the full demo's budget; gzip's bits per byte are passed at about two thirds of it
 # Ten times GLM-4.5's rate: its run has ten thousand times the steps in which to balance the experts.
 BALANCE_RATE = 1e-2
-# As GLM-5 trains its MTP layer. In the full demo one step has drafts 1, 2, 3 accepted at 57, 33 and 23 % of places, and
-# 1.932 bits per byte; three have 60, 41 and 29 %, and 1.902, for 1.6 times the processor time of a training step.
-MTP_STEPS = 3
 COMPLETIONS, COMPLETION_TOKENS = 20, 64
 SPARSITY_TOKENS = 15_000
 DRAFTS, DRAFT_PLACES = 3, 5_000
@@ -170,7 +167,7 @@ def run_config(args: argparse.Namespace) -> PretrainConfig:
     return make_config(
         {
             **indexer,
-            "mtp_steps": MTP_STEPS,
+            "mtp_steps": model.mtp_steps,
             "model": str(args.out / "model"),
             "out": str(args.out / "run"),
             "data": {
