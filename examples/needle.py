@@ -40,7 +40,7 @@ def haystacks(lengths: list[int], generator: torch.Generator, beyond: int = 0) -
         targets += [-1] * (length - 1) + [needle]
         borders.append(borders[-1] + length)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    unused = torch.zeros(borders[-1], dtype=torch.int64)  # the MTP layer's; there is none
+    unused = torch.zeros(1, borders[-1], dtype=torch.int64)  # the MTP layer's; there is none
     return PackedBatch(torch.cat(ids), positions, torch.tensor(targets), unused, unused - 1, borders)
 
 

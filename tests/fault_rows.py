@@ -223,6 +223,8 @@ def faults() -> list[Fault]:
     add("a token outside the vocabulary", FRESH, f"{SHARD} 65535", token(b"\xff\xff"))
     add("fewer tokens than two rows", [*FRESH, "--data.seq_len", "4096"], "seq_len 4096")
     add("more tokens than the model knows", FRESH, "vocab 300 256", values(START, vocab_size=256))
+    no_mtp = values(START, num_nextn_predict_layers=0)
+    add("MTP steps without an MTP layer", [*FRESH, "--mtp_steps", "3"], "mtp_steps 3 MTP", no_mtp)
     add("shards of another tokenizer", FRESH, "data/tokenizer.json", OTHER_TOKENIZER)
     add("no such model", [*FRESH, "--model", "nowhere"], "model 'nowhere'")
     add("a model of another architecture", FRESH, "llama", values(START, model_type="llama"))

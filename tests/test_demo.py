@@ -64,6 +64,18 @@ def test_it_leaves_a_checkpoint_a_plot_and_a_completion(finished: tuple[Path, st
     for phrase in ("held-out bits per byte", "gzip -9", "xz -9", "5-gram", "of 20 completions", "sha256", "MaxVio"):
         assert phrase in printed, phrase
     assert f"{TOKENS:,} tokens" in printed
+    check_drafts(printed)
+
+
+def check_drafts(printed: str) -> None:
+    """Shares of three drafts, none above the one before, and what they make of a forward."""
+    found = re.search(
+        r"accepts draft 1, 2, 3 .* at ([\d.]+)%, ([\d.]+)%, ([\d.]+)% of ([\d,]+) places .*: ([\d.]+) tokens", printed
+    )
+    assert found and int(found[4].replace(",", "")) > 4000, printed
+    shares = [float(share) / 100 for share in found.groups()[:3]]
+    assert 1 > shares[0] >= shares[1] >= shares[2] >= 0
+    assert abs(float(found[5]) - 1 - sum(shares)) < 0.01
 
 
 def test_the_same_command_resumes_and_adds_nothing(finished: tuple[Path, str]) -> None:
@@ -84,6 +96,12 @@ def test_its_attention_was_sparse(finished: tuple[Path, str]) -> None:
         json.loads(line)["indexer_kl"] for line in (out / "run" / "log.jsonl").read_text().splitlines() if "mtp" in line
     ]
     assert len(kl) == 20 and all(value > 0 for value in kl)
+
+
+def test_its_mtp_layer_was_trained_in_three_steps(finished: tuple[Path, str]) -> None:
+    log = [json.loads(line) for line in (finished[0] / "run" / "log.jsonl").read_text().splitlines()]
+    first, last = (record["mtp_step_losses"] for record in (log[0], [r for r in log if "loss" in r][-1]))
+    assert len(first) == 3 and all(b < a for a, b in zip(first, last, strict=True))
 
 
 def check_against_transformers(checkpoint: Path, snippets: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -148,8 +166,10 @@ def test_the_small_glm_4_5(tmp_path: Path, snippets: list[list[int]], monkeypatc
     done = demo(tmp_path / "out", "--arch", "glm4_moe", "--tokens", "10240")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "glm4_moe" in done.stdout and "sparsity" not in done.stdout and "indexer" not in done.stdout
+    check_drafts(done.stdout)
     run = tmp_path / "out" / "run"
     assert check_against_transformers(run / (run / "latest").read_text().strip(), snippets, monkeypatch) == 0
+    assert len(json.loads((run / "log.jsonl").read_text().splitlines()[0])["mtp_step_losses"]) == 1
 
 
 @pytest.mark.parametrize(

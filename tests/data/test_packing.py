@@ -27,9 +27,10 @@ def shards(tmp_path):
     return make_shards(tmp_path, [37, 1, 2, 90, 5, 64, 3, 3, 41, 200], shard_tokens=100)
 
 
-def check_borders(shards, batch, *, scored=None):
+def check_borders(shards, batch, *, scored=None, mtp_steps=1):
     """Every rule of a batch, from the tokens themselves: document i owns the numbers offsets[i]+1 ..
     offsets[i+1]."""
+    assert batch.next_ids.shape == batch.mtp_targets.shape == (mtp_steps, batch.num_tokens)
     last = set(shards.document_offsets[1:].tolist())
     ids = batch.ids.tolist()
     cu = batch.cu_seqlens
@@ -39,11 +40,11 @@ def check_borders(shards, batch, *, scored=None):
         assert not last & set(ids[a : b - 1])  # and of one document
         assert batch.positions[a:b].tolist() == list(range(b - a))
     for i, x in enumerate(ids):
-        first, second = x not in last, x not in last and x + 1 not in last
-        assert batch.next_ids[i] == (x + 1 if first else 0)
+        # Of the tokens ahead, those of the same document.
+        ahead = [x + j if not last & set(range(x, x + j)) else -1 for j in range(1, mtp_steps + 2)]
+        assert batch.next_ids[:, i].tolist() == [max(token, 0) for token in ahead[:-1]]
         if scored is None or scored[i]:
-            assert batch.targets[i] == (x + 1 if first else -1)
-            assert batch.mtp_targets[i] == (x + 2 if second else -1)
+            assert [int(batch.targets[i]), *batch.mtp_targets[:, i].tolist()] == ahead
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,15 +52,16 @@ def check_borders(shards, batch, *, scored=None):
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=15).filter(lambda x: sum(x) >= 40),
     seq_len=st.integers(2, 20),
     seed=st.integers(0, 5),
+    mtp_steps=st.integers(1, 4),
 )
-def test_rows_keep_document_borders(tmp_path_factory, lengths, seq_len, seed):
+def test_rows_keep_document_borders(tmp_path_factory, lengths, seq_len, seed, mtp_steps):
     shards = make_shards(tmp_path_factory.mktemp("s"), lengths)
-    rows = PackedRows(shards, seq_len=seq_len, batch_rows=3, seed=seed)
+    rows = PackedRows(shards, seq_len=seq_len, batch_rows=3, seed=seed, mtp_steps=mtp_steps)
     for _ in range(4):
         (batch,) = rows.next_step()
         assert batch.num_tokens == 3 * seq_len
         assert {seq_len, 2 * seq_len} <= set(batch.cu_seqlens)  # a segment never crosses a row
-        check_borders(shards, batch)
+        check_borders(shards, batch, mtp_steps=mtp_steps)
 
 
 def test_an_epoch_reads_each_token_once(shards):
@@ -159,7 +161,7 @@ def test_held_out_tokens_are_scored_once(tmp_path_factory, lengths, seq_len, dat
             segment_first = max(c for c in batch.cu_seqlens if c <= i)
             before = batch.ids[segment_first:i].tolist()
             assert len(before) >= context or int(batch.ids[segment_first]) in fresh
-        assert (batch.mtp_targets[batch.targets < 0] == -1).all()
+        assert (batch.mtp_targets[:, batch.targets < 0] == -1).all()
         scored += hit
     starts = {int(o) for o in shards.document_offsets[1:]}
     assert scored == [x for x in range(1, sum(lengths) + 1) if x not in starts]

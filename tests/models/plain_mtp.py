@@ -1,5 +1,5 @@
 """The MTP layer in plain torch, written from the paper and the checkpoint's conventions, sharing no code with
-glmx: the test's independent opinion. One sequence at a time, fp32.
+glmx: the test's independent opinion. One sequence at a time, in the dtype of its arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _rotate(x, positions, config, interleaved=False):  # x [T, A, d]
     angle = (positions[:, None].double() * frequencies)[:, None]  # [T, 1, r/2]
     rest = x[..., r:]
     first, second = (x[..., :r:2], x[..., 1:r:2]) if interleaved else (x[..., : r // 2], x[..., r // 2 : r])
-    cos, sin = angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
@@ -64,8 +64,11 @@ def _selected(x, latent, w, positions, config):
     return out
 
 
-def _mla(x, w, positions, config):
-    """Keys and values of every head, expanded: the form that papers write, and that glmx does not compute."""
+def _mla(x, w, positions, config, seen=None):
+    """Keys and values of every head, expanded: the form that papers write, and that glmx does not compute.
+
+    `seen` [T, T] is the keys to attend to; None: the layer selects. -> (output, the keys attended to)
+    """
     T, A = len(x), config.num_attention_heads
     nope, c, v_dim = config.qk_nope_head_dim, config.kv_lora_rank, config.v_head_dim
     latent = x
@@ -81,13 +84,13 @@ def _mla(x, w, positions, config):
     kv = F.linear(kv, w["self_attn.kv_b_proj.weight"]).view(T, A, nope + v_dim)
     q_rope = _rotate(q[..., nope:], positions, config, config.rope_interleave)
     k_rope = _rotate(row[:, None, c:], positions, config, config.rope_interleave)
-    unseen = ~_selected(x, latent, w, positions, config)
+    seen = _selected(x, latent, w, positions, config) if seen is None else seen
     heads = []
     for a in range(A):
         scores = q[:, a, :nope] @ kv[:, a, :nope].T + q_rope[:, a] @ k_rope[:, 0].T
-        scores = (scores * config.qk_head_dim**-0.5).masked_fill(unseen, float("-inf"))
+        scores = (scores * config.qk_head_dim**-0.5).masked_fill(~seen, float("-inf"))
         heads.append(scores.softmax(-1) @ kv[:, a, nope:])
-    return F.linear(torch.cat(heads, -1), w["self_attn.o_proj.weight"])
+    return F.linear(torch.cat(heads, -1), w["self_attn.o_proj.weight"]), seen
 
 
 def _moe(x, w, config):
@@ -126,10 +129,42 @@ def mtp_hidden(
     `weights` are the MTP layer's tensors by their names behind `model.layers.N.`. Positions start at 0: with
     RoPE only differences matter.
     """
+    return _step(weights, embed_tokens, config, hidden, next_ids)[0]
+
+
+def mtp_chain(
+    weights: dict[str, torch.Tensor],
+    embed_tokens: torch.Tensor,
+    config: ModelConfig,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    steps: int,
+) -> list[torch.Tensor]:
+    """hidden [T, H] of the first T of `ids`, the document's tokens -> per step [n, H], as far as the document goes.
+
+    Row t of step s (1 the first) has read the token t + s and predicts the one behind it.
+    """
+    chain, seen = [], None
+    for s in range(1, steps + 1):
+        n = min(len(hidden), len(ids) - s)
+        if n <= 0:
+            break
+        known = None if seen is None else seen[:n, :n]
+        hidden, used = _step(weights, embed_tokens, config, hidden[:n], ids[s : s + n], known)
+        seen = used if config.index_share_for_mtp_iteration else None
+        chain.append(hidden)
+    return chain
+
+
+def _step(w, embed_tokens, config, hidden, next_ids, seen=None):
     eps, positions = config.rms_norm_eps, torch.arange(len(hidden))
-    embedded = _norm(embed_tokens[next_ids], weights["enorm.weight"], eps)
-    x = F.linear(torch.cat([embedded, _norm(hidden, weights["hnorm.weight"], eps)], -1), weights["eh_proj.weight"])
-    attention = _mla if config.is_mla else _attention
-    x = x + attention(_norm(x, weights["input_layernorm.weight"], eps), weights, positions, config)
-    x = x + _moe(_norm(x, weights["post_attention_layernorm.weight"], eps), weights, config)
-    return _norm(x, weights["shared_head.norm.weight"], eps)
+    embedded = _norm(embed_tokens[next_ids], w["enorm.weight"], eps)
+    x = F.linear(torch.cat([embedded, _norm(hidden, w["hnorm.weight"], eps)], -1), w["eh_proj.weight"])
+    normed = _norm(x, w["input_layernorm.weight"], eps)
+    if config.is_mla:
+        attended, seen = _mla(normed, w, positions, config, seen)
+    else:
+        attended = _attention(normed, w, positions, config)
+    x = x + attended
+    x = x + _moe(_norm(x, w["post_attention_layernorm.weight"], eps), w, config)
+    return _norm(x, w["shared_head.norm.weight"], eps), seen

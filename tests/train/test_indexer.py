@@ -67,7 +67,8 @@ def test_the_loss_is_the_mean_over_tokens_and_its_gradient_is_autograds(model, d
     (micro,) = batches_of(data_dir, micro_rows=4)
     model.see_all_keys = dense
     batch = Batch(micro.cu_seqlens)
-    model.mtp_hidden(model.forward_tokens(micro.ids, micro.positions, batch), micro.next_ids, micro.positions, batch)
+    hidden = model.forward_tokens(micro.ids, micro.positions, batch)
+    model.mtp_hidden(hidden, micro.next_ids[0], micro.positions, batch)
     first, shared, mtp = model.indexer_kl()
     known = micro.targets >= 0
     assert 0 < known.sum() < known.numel()

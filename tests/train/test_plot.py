@@ -12,13 +12,14 @@ from glmx.train import plot
 pytest.importorskip("matplotlib")
 
 
-def write_log(path, steps=40, *, mtp=True, layers=2, heldout=True, kl=False, tail=""):
+def write_log(path, steps=40, *, mtp=True, mtp_steps=1, layers=2, heldout=True, kl=False, tail=""):
     lines = []
     for s in range(1, steps + 1):
         load = [[10 + e for e in range(4)] for _ in range(layers)]
         lines.append(
             {
                 "step": s, "tokens": s * 1000, "loss": 8 / s + 3, "mtp_loss": 9 / s + 3 if mtp else None,
+                "mtp_step_losses": [9 / s + 3] * mtp_steps if mtp else None,
                 "aux_loss": 1.0, "indexer_kl": 2 / s if kl else None,
                 "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 5000.0, "time_s": 0.2 * s,
                 "max_vio": [max(x) / np.mean(x) - 1 for x in load], "expert_load": load,
@@ -59,7 +60,8 @@ def figure_of(log, **options):
 
     figure = Figure(figsize=(14, 9))
     FigureCanvasAgg(figure)
-    plot._draw(figure, *plot.read_log(log), "", options)
+    accepted = options.pop("accepted", ())
+    plot._draw(figure, *plot.read_log(log), "", options, accepted=accepted)
     return figure
 
 
@@ -79,6 +81,22 @@ def test_the_picture_shows_the_logs_numbers(tmp_path):
     assert picture.shape == (8, 40) and picture[:4, 0].tolist() == pytest.approx(np.arange(10, 14) / 11.5)
     assert [t.get_text() for t in experts.get_yticklabels()] == ["MoE 1", "MTP"]
     assert [t.get_text() for t in experts.texts][:2] == ["0.13", "0.13"]
+
+
+@pytest.mark.parametrize("kl", [True, False])
+def test_accepted_drafts_have_a_panel_that_leaves_the_others_their_place(tmp_path, kl):
+    log = write_log(tmp_path / "log.jsonl", kl=kl, mtp_steps=3)
+    figure = figure_of(log, accepted=(0.5, 0.25, 0.125))
+    by_title = {a.get_title(loc="left"): a for a in figure.axes}
+    drafts = by_title["Accepted drafts"]
+    assert [bar.get_height() for bar in drafts.patches] == [0.5, 0.25, 0.125]
+    assert [t.get_text() for t in drafts.texts] == ["50%", "25%", "12%", "1.88 tokens per forward"]
+    labels = [t.get_text() for t in by_title["Loss, nats per token"].get_legend().get_texts()]
+    assert labels[1].startswith("MTP (mean of 3 steps)")
+    assert ("Indexer KL, nats" in by_title) == kl
+    top = sorted((a.get_position() for a in figure.axes if a.get_position().y0 > 0.5), key=lambda box: box.x0)
+    assert len(top) == 3 + kl and all(a.x1 < b.x0 for a, b in zip(top, top[1:], strict=False)) and top[-1].x1 < 1
+    assert "Accepted drafts" not in {a.get_title(loc="left") for a in figure_of(log).axes}
 
 
 def test_smoothing_has_no_lag_and_keeps_gaps():

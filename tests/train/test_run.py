@@ -92,6 +92,19 @@ def test_sigkill_at_any_point_and_resume_gives_the_same_bits(raw, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["latest", "log.jsonl", "step-00000004", "step-00000006"]
 
 
+def test_several_mtp_steps_resume_to_the_same_bits(dsa_raw, tmp_path):
+    """Of a GLM-5 whose steps share a list, killed in the fourth step, the first whose attention is sparse."""
+    config = json.loads((Path(dsa_raw["model"]) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "index_share_for_mtp_iteration": True}))
+    run = {**dsa_raw, "model": str(tmp_path), "mtp_steps": 3}
+    whole = {**run, "out": str(tmp_path / "whole")}
+    pretrain(make_config(whole), quiet=True)
+    assert child(run, "update", 6).returncode == -signal.SIGKILL  # two norms are clipped in each step
+    done = child(run)
+    assert done.returncode == 0 and "resumed" in done.stderr, done.stderr
+    assert fingerprint(run["out"]) == fingerprint(whole["out"])
+
+
 def test_killed_before_the_first_checkpoint_starts_anew(raw, tmp_path):
     raw["train"]["steps"] = 2
     assert child(raw, "sync", 0).returncode == -signal.SIGKILL
@@ -141,11 +154,12 @@ def test_the_log_has_the_promised_fields(raw):
     steps, heldout = [r for r in log if "loss" in r], [r for r in log if "heldout_loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6] and [r["step"] for r in heldout] == [3, 6]
     fields = {"step", "tokens", "loss", "mtp_loss", "aux_loss", "lr", "grad_norm", "tokens_per_s", "time_s"}
-    assert set(steps[0]) == fields | {"indexer_kl", "max_vio", "expert_load"}
+    assert set(steps[0]) == fields | {"mtp_step_losses", "indexer_kl", "max_vio", "expert_load"}
     assert [r["tokens"] for r in steps] == [96 * i for i in range(1, 7)]
     for record in steps:  # one MoE layer and the MTP layer; every token takes 2 of 8 experts
         assert [len(load) for load in record["expert_load"]] == [8, 8]
         assert [sum(load) for load in record["expert_load"]] == [192, 192]
+        assert record["mtp_step_losses"] == [record["mtp_loss"]]
         assert record["max_vio"] == pytest.approx([max(x) / 24 - 1 for x in record["expert_load"]])
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert steps[-1]["lr"] == pytest.approx(1e-3)
@@ -306,8 +320,9 @@ def test_training_balances_the_experts_and_a_flipped_sign_does_not(raw, monkeypa
         assert flipped[layer] > 0.8
 
 
-def test_the_same_bits_for_any_thread_count(raw):
-    runs = []
+@pytest.mark.parametrize("mtp_steps", [1, 3])
+def test_the_same_bits_for_any_thread_count(raw, mtp_steps):
+    runs, raw["mtp_steps"] = [], mtp_steps
     with every_op_shared_out():
         for threads in (1, 3):
             torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """glmx demo: the main job on one page. Trains a small GLM on this machine's Python sources and uses it.
 
-    corpus -> tokenizer -> token shards -> pre-training -> held-out bits per byte -> checkpoint, plot -> completions
+    corpus -> tokenizer -> token shards -> pre-training -> held-out bits per byte, accepted drafts -> checkpoint, plot
+    -> completions
 
 Everything it makes is under --out; the same command goes on where it was stopped.
 """
@@ -24,8 +25,12 @@ from glmx.cli.demo_models import MODELS, VOCAB
 from glmx.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    import torch
+
     from glmx.data.corpus import Corpus
     from glmx.data.tokenizer import Tokenizer
+    from glmx.models.acceptance import Acceptance
+    from glmx.models.batch import Batch
     from glmx.serve.llm import LLM
     from glmx.train.config import PretrainConfig
 
@@ -34,6 +39,7 @@ TOKENS = 600_000  # the full demo's budget; gzip's bits per byte are passed at a
 BALANCE_RATE = 1e-2
 COMPLETIONS, COMPLETION_TOKENS = 20, 64
 SPARSITY_TOKENS = 15_000
+DRAFTS, DRAFT_PLACES = 3, 5_000
 PROMPT = "def read_config(path):\n"
 
 
@@ -81,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     if result.reason.startswith("SIG"):
         return 128 + signal.Signals[result.reason]
     console.rule("results")
-    report(args, console, corpus, tokenizer, result, config.indexer.dense_tokens or 0)
+    drafts = accepted_drafts(args, result.checkpoint)
+    report(args, console, corpus, tokenizer, result, config.indexer.dense_tokens or 0, drafts)
     if args.arch == "glm_moe_dsa":
         console.print(sparsity_words(args, result.checkpoint), soft_wrap=True)
     complete(console, corpus, result.checkpoint)
@@ -160,6 +167,7 @@ def run_config(args: argparse.Namespace) -> PretrainConfig:
     return make_config(
         {
             **indexer,
+            "mtp_steps": model.mtp_steps,
             "model": str(args.out / "model"),
             "out": str(args.out / "run"),
             "data": {
@@ -185,7 +193,13 @@ def run_config(args: argparse.Namespace) -> PretrainConfig:
 
 
 def report(
-    args: argparse.Namespace, console: Any, corpus: Corpus, tokenizer: Tokenizer, result: Any, dense_tokens: int
+    args: argparse.Namespace,
+    console: Any,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    result: Any,
+    dense_tokens: int,
+    drafts: Acceptance,
 ) -> None:
     """Held-out bits per byte beside what compressors and a token 5-gram make of the same bytes; the plot."""
     from rich.table import Table
@@ -224,9 +238,15 @@ def report(
     )
     if kl_words := indexer_kl(steps):
         console.print(kl_words, soft_wrap=True)
+    console.print(drafts_words(drafts), soft_wrap=True)
     shown = {"gzip -9, per file": packed.gzip_per_file, "token 5-gram": ngram}
     picture = plot_run(
-        log, args.out / "demo.png", title=f"glmx demo, {args.arch}", baselines=shown, dense_tokens=dense_tokens
+        log,
+        args.out / "demo.png",
+        title=f"glmx demo, {args.arch}",
+        baselines=shown,
+        dense_tokens=dense_tokens,
+        accepted=drafts.shares,
     )
     console.print(f"plot      {picture}", soft_wrap=True)
 
@@ -248,19 +268,42 @@ def indexer_kl(steps: list[dict[str, Any]]) -> str:
     )
 
 
-def sparsity_words(args: argparse.Namespace, checkpoint: Path) -> str:
-    """How much of held-out text was attended to sparsely, and what the lists hold of dense attention."""
-    import glmx
+def heldout_sample(args: argparse.Namespace, tokens: int) -> Iterator[tuple[torch.Tensor, Batch]]:
+    """About so many tokens of held-out text, in windows from all of it."""
     from glmx.data.packing import HeldoutRows
     from glmx.data.shards import TokenShards
     from glmx.models.batch import Batch
-    from glmx.models.sparsity import measure
 
     heldout, seq_len = TokenShards.open(args.out / "data", "heldout"), MODELS[args.arch].seq_len
-    every = -(-heldout.num_tokens // SPARSITY_TOKENS)
-    rows = HeldoutRows(heldout, seq_len=seq_len, batch_tokens=4 * seq_len, every=every)
+    every = -(-heldout.num_tokens // tokens)
+    for micro in HeldoutRows(heldout, seq_len=seq_len, batch_tokens=4 * seq_len, every=every):
+        yield micro.ids, Batch(micro.cu_seqlens)
+
+
+def accepted_drafts(args: argparse.Namespace, checkpoint: Path) -> Acceptance:
+    """How many drafts of the MTP layer greedy decoding accepts on held-out text."""
+    import glmx
+    from glmx.models.acceptance import measure
+
+    return measure(glmx.load(checkpoint), heldout_sample(args, DRAFT_PLACES), DRAFTS)
+
+
+def drafts_words(drafts: Acceptance) -> str:
+    numbers = ", ".join(str(draft) for draft in range(1, DRAFTS + 1))
+    shares = ", ".join(f"{share:.1%}" for share in drafts.shares)
+    return (
+        f"drafts    greedy decoding accepts draft {numbers} of the MTP layer at {shares} of {drafts.places:,} "
+        f"places of held-out text: {drafts.tokens_per_step:.2f} tokens per forward of the model"
+    )
+
+
+def sparsity_words(args: argparse.Namespace, checkpoint: Path) -> str:
+    """How much of held-out text was attended to sparsely, and what the lists hold of dense attention."""
+    import glmx
+    from glmx.models.sparsity import measure
+
     model = glmx.load(checkpoint)
-    found, top_k = measure(model, ((micro.ids, Batch(micro.cu_seqlens)) for micro in rows)), model.config.index_topk
+    found, top_k = measure(model, heldout_sample(args, SPARSITY_TOKENS)), model.config.index_topk
     return (
         f"sparsity  {found.sparse_tokens / found.tokens:.0%} of {found.tokens:,} held-out tokens had more than {top_k} "
         f"keys; the {top_k} selected ones hold {found.selected:.1%} of their attention, the last {top_k} would hold "

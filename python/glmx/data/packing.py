@@ -10,7 +10,7 @@ elsewhere. Nothing is padded. A row is seq_len inputs; targets look past the row
 so no token is lost to a cut. Attention, positions, targets and MTP targets stop at document borders
 (`cu_seqlens`); a document that continues from the row before starts again at position 0.
 
-Legend: T tokens of a micro-batch (rows * seq_len), flat.
+Legend: T tokens of a micro-batch (rows * seq_len), flat; S steps of the MTP layer.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ IGNORE = -1
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One flat micro-batch; all tensors int64 [T] on the CPU. -1 marks a target that does not exist.
+    """One flat micro-batch; all tensors int64 on the CPU, [T] or [S, T]. -1 marks a target that does not exist.
 
-    `next_ids` is what MTP embeds: the next token where there is one, else 0, and then `mtp_targets` is -1.
+    `next_ids` [S, T] is what MTP embeds: in step s (0 the first) the token s + 1 ahead where the document has one, else
+    0, and then `mtp_targets` [S, T], the token s + 2 ahead, is -1.
     `cu_seqlens` has one segment per document and row: segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
     """
 
@@ -49,33 +50,31 @@ class PackedBatch:
         return self.ids.numel()
 
 
-def _batch(segments: list[tuple[np.ndarray, int, int]]) -> PackedBatch:
-    """The flat batch of `segments`: (tokens and up to two beyond, length, first target that counts)."""
+def _batch(segments: list[tuple[np.ndarray, int, int]], mtp_steps: int = 1) -> PackedBatch:
+    """The flat batch of `segments`: (tokens and up to mtp_steps + 1 beyond, length, first target that counts)."""
     total = sum(length for _, length, _ in segments)
     ids = np.empty(total, np.int64)
     positions = np.empty(total, np.int64)
-    targets = np.full(total, IGNORE, np.int64)
-    mtp_targets = np.full(total, IGNORE, np.int64)
+    ahead = np.full((mtp_steps + 1, total), IGNORE, np.int64)  # ahead[j]: the token j + 1 behind each
+    counted = np.ones(total, bool)
     cu_seqlens = [0]
     for tokens, length, first in segments:
         at = cu_seqlens[-1]
         ids[at : at + length] = tokens[:length]
         positions[at : at + length] = np.arange(length)
-        after, later = tokens[1 + first : 1 + length], tokens[2 + first : 2 + length]
-        targets[at + first : at + first + len(after)] = after
-        mtp_targets[at + first : at + first + len(later)] = later
+        for j, row in enumerate(ahead, 1):
+            known = tokens[j : j + length]
+            row[at : at + len(known)] = known
+        counted[at : at + first] = False
         cu_seqlens.append(at + length)
-    next_ids = targets.copy()
-    # The MTP input exists also where the target is read but not counted.
-    for at, (tokens, _, first) in zip(cu_seqlens, segments, strict=False):
-        next_ids[at : at + first] = tokens[1 : 1 + first]
-    np.maximum(next_ids, 0, out=next_ids)
+    # What MTP embeds exists also where the target is read but not counted.
+    targets = np.where(counted, ahead, IGNORE)
     return PackedBatch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
-        targets=torch.from_numpy(targets),
-        next_ids=torch.from_numpy(next_ids),
-        mtp_targets=torch.from_numpy(mtp_targets),
+        targets=torch.from_numpy(targets[0]),
+        next_ids=torch.from_numpy(np.maximum(ahead[:-1], 0)),
+        mtp_targets=torch.from_numpy(targets[1:]),
         cu_seqlens=cu_seqlens,
     )
 
@@ -84,7 +83,8 @@ class PackedRows:
     """The training stream. `batch_rows` rows make one optimizer step, over all ranks and micro-batches.
 
     Every rank holds the same cursor and takes its own `batch_rows / world_size` consecutive rows of the step,
-    in micro-batches of `micro_rows`; which rows a step has does not depend on either number.
+    in micro-batches of `micro_rows`; which rows a step has does not depend on either number. Batches have targets for
+    `mtp_steps` steps of an MTP layer.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class PackedRows:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        mtp_steps: int = 1,
     ) -> None:
         micro_rows = micro_rows or batch_rows // world_size
         if seq_len < 2:
@@ -113,7 +114,7 @@ class PackedRows:
             )
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
         self.batch_rows, self.micro_rows = batch_rows, micro_rows
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.mtp_steps = rank, world_size, mtp_steps
         # The phase takes up to seq_len - 1 tokens, and the number of rows must not depend on it.
         self.rows_per_epoch = (shards.num_tokens - (seq_len - 1)) // seq_len
         self.tokens_sha256 = shards.tokens_sha256
@@ -139,7 +140,7 @@ class PackedRows:
         local = self.batch_rows // self.world_size
         mine = step[self.rank * local : (self.rank + 1) * local]
         return [
-            _batch([segment for row in mine[i : i + self.micro_rows] for segment in row])
+            _batch([segment for row in mine[i : i + self.micro_rows] for segment in row], self.mtp_steps)
             for i in range(0, local, self.micro_rows)
         ]
 
@@ -195,7 +196,7 @@ class PackedRows:
             document = self.shards.document(int(self._document_order[place]))
             inside = start - int(self._line[place])
             length = min(end, int(self._line[place + 1])) - start
-            segments.append((document[inside : inside + length + 2], length, 0))
+            segments.append((document[inside : inside + length + 1 + self.mtp_steps], length, 0))
             start += length
             place += 1
         return segments

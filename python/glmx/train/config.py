@@ -107,6 +107,9 @@ class PretrainConfig(Section, frozen=True):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
     mtp_loss_weight: NonNegative = 0.3  # of the MTP layer's loss; without an MTP layer there is none
+    # How often the MTP layer is applied, each time to its own hidden states: step s learns the token s + 1 ahead. GLM-5
+    # trains three. The weight is of the mean over steps.
+    mtp_steps: PositiveInt = 1
 
     @property
     def tokens_per_step(self) -> int:
@@ -159,8 +162,12 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_changed(saved: dict[str, Any], config: PretrainConfig) -> None:
-    """Raises ConfigError naming every key whose change makes the resumed run another run."""
-    old, new = flatten(saved), flatten(as_dict(config))
+    """Raises ConfigError naming every key whose change makes the resumed run another run.
+
+    A key that `saved` lacks is younger than the checkpoint, which was made with its default.
+    """
+    defaults = PretrainConfig(model="", out="", data=Data(shards=""))
+    old, new = {**flatten(as_dict(defaults)), **flatten(saved)}, flatten(as_dict(config))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     changed = [key for key in keys if not key.startswith(FREE_ON_RESUME)]
     if changed:
@@ -272,6 +279,12 @@ def _check(config: PretrainConfig) -> None:
         )
     if optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr is {optim.min_lr}: it must not exceed optim.lr, which is {optim.lr}")
+    if config.mtp_steps > 1 and not config.mtp_loss_weight:
+        raise ConfigError(f"mtp_steps is {config.mtp_steps} and mtp_loss_weight is 0.0: no step would be trained")
+    if config.mtp_steps > config.data.seq_len:
+        raise ConfigError(
+            f"mtp_steps is {config.mtp_steps}: it must not exceed data.seq_len, which is {config.data.seq_len}"
+        )
     if config.indexer.only and config.indexer.weight == 0:
         raise ConfigError("indexer.only is True and indexer.weight is 0.0: nothing would be trained")
     planned = config.total_steps * config.tokens_per_step

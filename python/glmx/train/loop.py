@@ -3,9 +3,10 @@
     result = pretrain(load_config("run.toml"))
 
 The same call continues a run that was cut short: what is in `out` decides. Records of log.jsonl, per step:
-    step, tokens, loss, mtp_loss (null without MTP), aux_loss, indexer_kl (null where no indexer is trained), lr,
-    grad_norm (without the indexers, unless they are trained alone), tokens_per_s, time_s,
-    max_vio: [per MoE layer], expert_load: [[E] per MoE layer]   (the MTP layer is the last)
+    step, tokens, loss, mtp_loss (null without MTP), mtp_step_losses: [per step of the MTP layer] (mtp_loss is their
+    mean), aux_loss, indexer_kl (null where no indexer is trained), lr, grad_norm (without the indexers, unless they are
+    trained alone), tokens_per_s, time_s, max_vio: [per MoE layer], expert_load: [[E] per MoE layer] (the MTP layer is
+    the last, all of its steps added up)
 and per held-out measurement: step, tokens, heldout_loss (nats per token), heldout_bpb (bits per byte).
 """
 
@@ -126,7 +127,8 @@ def train_step(run: Run) -> dict[str, Any]:
         "step": run.step,
         "tokens": run.tokens,
         "loss": losses.main,
-        "mtp_loss": losses.mtp if run.with_mtp else None,
+        "mtp_loss": losses.mtp_mean if run.with_mtp else None,
+        "mtp_step_losses": losses.mtp if run.with_mtp else None,
         "aux_loss": losses.aux,
         "indexer_kl": losses.indexer_kl if run.kl_weight else None,
         "lr": lr,

@@ -3,8 +3,9 @@
     plot_run(out / "log.jsonl", out / "run.png", baselines={"gzip -9 per file": 2.14, "token 5-gram": 1.58})
 
 Panels: losses, held-out bits per byte beside the baselines, the indexers' KL where there is one, load of every
-expert, learning rate and gradient norm, throughput; all over the tokens trained on. Fields of the log: see
-train/loop.py. Needs matplotlib (`glmx[train]`).
+expert, learning rate and gradient norm, throughput; all over the tokens trained on. Beside them, where it was measured,
+the share of the MTP layer's drafts that decoding accepts. Fields of the log: see train/loop.py. Needs matplotlib
+(`glmx[train]`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,18 @@ INDEXER_PANELS = {
     "heldout": (0.49, 0.545, 0.265, 0.355),
     "indexer": (0.80, 0.545, 0.185, 0.355),
 }
+# Where drafts were measured, theirs is the last above: without indexers and with them.
+DRAFT_PANELS = {
+    "loss": (0.045, 0.545, 0.39, 0.355),
+    "heldout": (0.485, 0.545, 0.29, 0.355),
+    "drafts": (0.835, 0.545, 0.15, 0.355),
+}
+INDEXER_DRAFT_PANELS = {
+    "loss": (0.045, 0.545, 0.305, 0.355),
+    "heldout": (0.395, 0.545, 0.235, 0.355),
+    "indexer": (0.68, 0.545, 0.145, 0.355),
+    "drafts": (0.87, 0.545, 0.115, 0.355),
+}
 BASELINE_STYLES = ((0, (1, 1.5)), (0, (4, 2)), (0, (6, 2, 1, 2)), "-")
 
 
@@ -61,9 +74,10 @@ def plot_run(
     title: str = "",
     baselines: Mapping[str, float] | None = None,
     dense_tokens: int = 0,
+    accepted: Sequence[float] = (),
 ) -> Path:
     """Draw `log` into `png` (1400 x 900). `baselines`: name -> bits per byte. `dense_tokens`: where sparse attention
-    began. Returns the path.
+    began. `accepted`: shares of places at which drafts 1 .. j of the MTP layer are accepted. Returns the path.
 
     Raises ConfigError when the log is missing or has no step yet, UnsupportedError without matplotlib.
     """
@@ -84,7 +98,7 @@ def plot_run(
     with rc_context(style):
         figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
-        _draw(figure, steps, heldout, title, dict(baselines or {}), dense_tokens)
+        _draw(figure, steps, heldout, title, dict(baselines or {}), dense_tokens, accepted)
         path = Path(png)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
@@ -124,14 +138,20 @@ def _draw(
     title: str,
     baselines: dict[str, float],
     dense_tokens: int = 0,
+    accepted: Sequence[float] = (),
 ) -> None:
     tokens = _column(steps, "tokens")
     unit, name = (1e9, "billion") if tokens[-1] >= 1e9 else (1e6, "million") if tokens[-1] >= 1e5 else (1e3, "thousand")
     x = tokens / unit
     has_kl = bool(np.isfinite(_column(steps, "indexer_kl")).any())
-    places = PANELS | INDEXER_PANELS if has_kl else PANELS
+    if accepted:
+        places = PANELS | (INDEXER_DRAFT_PANELS if has_kl else DRAFT_PANELS)
+    else:
+        places = PANELS | (INDEXER_PANELS if has_kl else {})
     panels = {key: figure.add_axes(place) for key, place in places.items()}
     bar = panels.pop("experts_bar")
+    if accepted:
+        _drafts(panels.pop("drafts"), accepted)
     _losses(panels["loss"], x, steps, heldout, unit)
     _bits_per_byte(panels["heldout"], heldout, unit, baselines)
     if has_kl:
@@ -154,7 +174,9 @@ def _draw(
 
 def _losses(axes: Axes, x: np.ndarray, steps: list[dict], heldout: list[dict], unit: float) -> None:
     axes.set_title("Loss, nats per token", loc="left")
-    series = [("loss", "main (next token)", MAIN), ("mtp_loss", "MTP (token after next)", MTP)]
+    mtp_steps = len(steps[-1].get("mtp_step_losses") or [0])
+    mtp_label = "MTP (token after next)" if mtp_steps == 1 else f"MTP (mean of {mtp_steps} steps)"
+    series = [("loss", "main (next token)", MAIN), ("mtp_loss", mtp_label, MTP)]
     tops = []
     for key, label, color in series:
         y = _column(steps, key)
@@ -320,6 +342,24 @@ def _speed(axes: Axes, x: np.ndarray, steps: list[dict]) -> None:
         axes.set_ylim(0, max(float(np.nanquantile(speed, 0.99)), middle) * 1.25 or 1)
         axes.text(0.98, 0.04, f"median {middle:,.0f}", transform=axes.transAxes, ha="right", fontsize=9.5)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def _drafts(axes: Axes, accepted: Sequence[float]) -> None:
+    """A bar per draft position; above them is room for a line on what that makes of the decoding speed."""
+    axes.set_title("Accepted drafts", loc="left", color=MTP)
+    places = range(1, len(accepted) + 1)
+    axes.bar(places, accepted, color=MTP, width=0.62)
+    for place, share in zip(places, accepted, strict=True):
+        axes.text(place, share + 0.015, f"{share:.0%}", ha="center", va="bottom", fontsize=9.5)
+    axes.text(
+        0.98, 0.97, f"{1 + sum(accepted):.2f} tokens per forward", transform=axes.transAxes, ha="right", va="top",
+        fontsize=9,
+    )  # fmt: skip
+    axes.set_ylim(0, 1.3)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.set_xlabel("draft (held-out text)")
+    axes.grid(axis="x", visible=False)
 
 
 def _column(records: Sequence[dict[str, Any]], key: str) -> np.ndarray:

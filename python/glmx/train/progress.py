@@ -52,7 +52,7 @@ class RunProgress:
         step, vio = record["step"], record["max_vio"]
         words = [f"loss {record['loss']:.3f}"]
         if record["mtp_loss"] is not None:
-            words.append(f"mtp {record['mtp_loss']:.3f}")
+            words.append("mtp " + " ".join(f"{loss:.3f}" for loss in record["mtp_step_losses"]))
         if record["indexer_kl"] is not None:
             words.append(f"indexer kl {record['indexer_kl']:.3f}")
         words.append(f"{record['tokens_per_s']:,.0f} tokens/s")

@@ -44,6 +44,10 @@ class Run:
         self.saved: Path | None = None
         self.lock = -1
         self.with_mtp = config.mtp_loss_weight > 0 and model.config.num_nextn_predict_layers > 0
+        if config.mtp_steps > 1 and not self.with_mtp:
+            raise ConfigError(
+                f"mtp_steps is {config.mtp_steps}, but the model of {config.model} has no MTP layer: leave it out"
+            )
         self.kl_weight = _kl_weight(config, model)
         # Of indexers that are trained alone no other loss has a gradient.
         self.aux_weight = 0.0 if config.indexer.only else config.balance.aux_weight
@@ -101,6 +105,7 @@ class Run:
             batch_rows=train.batch_rows,
             micro_rows=train.micro_rows,
             seed=train.seed,
+            mtp_steps=config.mtp_steps,
         )
         torch.manual_seed(train.seed)
         model = build_model(found or Path(config.model), DTYPES[train.dtype], train.seed)
