@@ -1,6 +1,6 @@
 // transpose_16x32 / avx512: 16 rows of 32 elements -> 32 rows of 16 fp32, in 16x16 blocks of 32 bits. Included after vec.h.
 
-inline void transpose_16x16(__m512i r[16]) {
+[[gnu::always_inline]] inline void transpose_16x16(__m512i (&r)[16]) {
   __m512i a[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {  // pairs of rows
