@@ -298,6 +298,34 @@ def test_a_chain_without_drafts_is_a_sample() -> None:
         assert torch.equal(padded.tokens[:, 0], want) and bool((padded.accepted == 0).all())
 
 
+@pytest.mark.parametrize("mode", ["greedy", "sample", "rejection"])
+def test_odd_rows_and_odd_probabilities(mode: str) -> None:
+    """Rows without a finite logit, all banned, a vocabulary of one; draft_probs that are none."""
+    odd = torch.tensor([-INF, NAN, INF, 0.0, -1.0, 1e38, 1e-45])
+    odd_probs = torch.tensor([0.0, NAN, INF, -1.0, 2.0, 1e-45, 0.5])
+    for seed in range(60):
+        V, g = (1, 2, 5, 49)[seed % 4], torch.Generator().manual_seed(seed)
+        picks = torch.randint(7, (6, 4, V), generator=g)
+        logits = odd[picks] if seed % 3 else odd[picks[..., :1]].expand(6, 4, V)
+        kwargs: dict[str, Any] = {"draft_ids": torch.randint(-1, V, (6, 3), generator=g), "logits": logits}
+        kwargs |= {"mode": mode, "seeds": [-(2**63), 2**63 - 1, *ENDS.values()][:6], "positions": 100}
+        kwargs |= {"temperature": (1e-30, 1.0, 1e30)[seed % 3], "top_p": (1.0, 1e-9, 0.9)[seed // 3 % 3]}
+        if mode == "rejection" and seed % 5:
+            kwargs["draft_probs"] = odd_probs[torch.randint(7, (6, 3, V), generator=g)]
+        if seed % 7 == 0:
+            bans = {"bias_ids": torch.arange(V), "bias_values": torch.full((V,), -INF)}
+            kwargs |= bans | {"bias_spans": torch.tensor([0, V])}
+        got, want = ops.mtp_verify(**kwargs), reference.mtp_verify(**kwargs)
+        assert all(torch.equal(getattr(got, name), getattr(want, name)) for name in want._fields)
+        assert bool((got.tokens < V).all()) and bool((got.tokens[:, 0] >= 0).all())
+
+
+def test_no_sequences() -> None:
+    for K in (0, 3):
+        out = ops.mtp_verify(ids(0, K, high=1), torch.zeros(0, K + 1, 7), seeds=0, positions=0)
+        assert out.tokens.shape == (0, K + 1) and out.accepted.shape == (0,) and out.packed_offsets.tolist() == [0]
+
+
 GOOD: dict[str, Any] = {
     "draft_ids": torch.zeros(2, 1, dtype=torch.int64),
     "logits": torch.zeros(2, 2, 4),
