@@ -259,10 +259,10 @@ def test_draws_do_not_share_coins() -> None:
 @pytest.mark.parametrize("mode", ["greedy", "sample", "rejection"])
 def test_x2_a_sequence_depends_on_itself_alone(mode: str) -> None:
     """Neither its row in the batch nor how many drafts others, or it, may have changes its tokens."""
-    kwargs = verify_operands(12, 4, 60, mode, ruled=True, probs=mode == "rejection")
+    kwargs = verify_operands(80, 4, 60, mode, ruled=True, probs=mode == "rejection")
     want = ops.mtp_verify(**kwargs)
     fixed = ("token_ids", "bias_ids", "bias_values", "mode", "presence_penalty")
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(2))
     got = ops.mtp_verify(**{k: v if k in fixed else v[order] for k, v in kwargs.items()})
     assert torch.equal(got.tokens, want.tokens[order])
     per_row = [k for k in kwargs if k not in (*fixed, "draft_ids", "draft_probs", "seeds", "positions")]
