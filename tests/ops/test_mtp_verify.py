@@ -245,6 +245,19 @@ def test_ends_of_the_coins() -> None:
         assert ops.sample(logits, seeds=seed, positions=100).item() == want
 
 
+@pytest.mark.parametrize(("end", "want"), [(0, 1500), (LAST_COIN, 1600)])
+def test_ends_of_the_coins_beside_tokens_without_mass(end: int, want: int) -> None:
+    """Whole blocks of 1024 tokens without mass, before and behind, and lists that begin and end with such tokens."""
+    logits = torch.full((1, 4000), -100.0)
+    logits[0, [1500, 1600]] = 0.0
+    for rules in ({}, {"top_k": 3000}, {"top_p": 1 - 2**-24}, {"min_p": 1e-30}):
+        assert ops.sample(logits, seeds=ENDS[0, end], positions=100, **rules).item() == want
+        for q in (None, torch.eye(4000)[None, None, 0]):
+            args = {"seeds": ENDS[DRAW_RESIDUAL, end], "positions": 100, "mode": "rejection", "draft_probs": q, **rules}
+            out = ops.mtp_verify(torch.tensor([[0]]), logits.expand(1, 2, 4000), **args)
+            assert out.tokens.tolist() == [[want, -1]]
+
+
 def test_the_final_draw_has_its_own_coin() -> None:
     """A replaced token is spread over all that is left; with the coin of the test, which was high, it would not be."""
     p, q = [0.2, 0.4, 0.4], [1.0, 0.0, 0.0]
