@@ -245,6 +245,19 @@ def test_ends_of_the_coins() -> None:
         assert ops.sample(logits, seeds=seed, positions=100).item() == want
 
 
+@pytest.mark.parametrize(("end", "want"), [(0, 1500), (LAST_COIN, 1600)])
+def test_ends_of_the_coins_beside_tokens_without_mass(end: int, want: int) -> None:
+    """Whole blocks of 1024 tokens without mass, before and behind, and lists that begin and end with such tokens."""
+    logits = torch.full((1, 4000), -100.0)
+    logits[0, [1500, 1600]] = 0.0
+    for rules in ({}, {"top_k": 3000}, {"top_p": 1 - 2**-24}, {"min_p": 1e-30}):
+        assert ops.sample(logits, seeds=ENDS[0, end], positions=100, **rules).item() == want
+        for q in (None, torch.eye(4000)[None, None, 0]):
+            args = {"seeds": ENDS[DRAW_RESIDUAL, end], "positions": 100, "mode": "rejection", "draft_probs": q, **rules}
+            out = ops.mtp_verify(torch.tensor([[0]]), logits.expand(1, 2, 4000), **args)
+            assert out.tokens.tolist() == [[want, -1]]
+
+
 def test_the_final_draw_has_its_own_coin() -> None:
     """A replaced token is spread over all that is left; with the coin of the test, which was high, it would not be."""
     p, q = [0.2, 0.4, 0.4], [1.0, 0.0, 0.0]
@@ -259,10 +272,10 @@ def test_draws_do_not_share_coins() -> None:
 @pytest.mark.parametrize("mode", ["greedy", "sample", "rejection"])
 def test_x2_a_sequence_depends_on_itself_alone(mode: str) -> None:
     """Neither its row in the batch nor how many drafts others, or it, may have changes its tokens."""
-    kwargs = verify_operands(12, 4, 60, mode, ruled=True, probs=mode == "rejection")
+    kwargs = verify_operands(80, 4, 60, mode, ruled=True, probs=mode == "rejection")
     want = ops.mtp_verify(**kwargs)
     fixed = ("token_ids", "bias_ids", "bias_values", "mode", "presence_penalty")
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(2))
     got = ops.mtp_verify(**{k: v if k in fixed else v[order] for k, v in kwargs.items()})
     assert torch.equal(got.tokens, want.tokens[order])
     per_row = [k for k in kwargs if k not in (*fixed, "draft_ids", "draft_probs", "seeds", "positions")]
@@ -296,6 +309,34 @@ def test_a_chain_without_drafts_is_a_sample() -> None:
         assert torch.equal(ops.mtp_verify(ids(5, 0, high=1), logits, **args).tokens[:, 0], want)
         padded = ops.mtp_verify(torch.full((5, 2), -1), logits.expand(5, 3, 40), **args)
         assert torch.equal(padded.tokens[:, 0], want) and bool((padded.accepted == 0).all())
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sample", "rejection"])
+def test_odd_rows_and_odd_probabilities(mode: str) -> None:
+    """Rows without a finite logit, all banned, a vocabulary of one; draft_probs that are none."""
+    odd = torch.tensor([-INF, NAN, INF, 0.0, -1.0, 1e38, 1e-45])
+    odd_probs = torch.tensor([0.0, NAN, INF, -1.0, 2.0, 1e-45, 0.5])
+    for seed in range(60):
+        V, g = (1, 2, 5, 49)[seed % 4], torch.Generator().manual_seed(seed)
+        picks = torch.randint(7, (6, 4, V), generator=g)
+        logits = odd[picks] if seed % 3 else odd[picks[..., :1]].expand(6, 4, V)
+        kwargs: dict[str, Any] = {"draft_ids": torch.randint(-1, V, (6, 3), generator=g), "logits": logits}
+        kwargs |= {"mode": mode, "seeds": [-(2**63), 2**63 - 1, *ENDS.values()][:6], "positions": 100}
+        kwargs |= {"temperature": (1e-30, 1.0, 1e30)[seed % 3], "top_p": (1.0, 1e-9, 0.9)[seed // 3 % 3]}
+        if mode == "rejection" and seed % 5:
+            kwargs["draft_probs"] = odd_probs[torch.randint(7, (6, 3, V), generator=g)]
+        if seed % 7 == 0:
+            bans = {"bias_ids": torch.arange(V), "bias_values": torch.full((V,), -INF)}
+            kwargs |= bans | {"bias_spans": torch.tensor([0, V])}
+        got, want = ops.mtp_verify(**kwargs), reference.mtp_verify(**kwargs)
+        assert all(torch.equal(getattr(got, name), getattr(want, name)) for name in want._fields)
+        assert bool((got.tokens < V).all()) and bool((got.tokens[:, 0] >= 0).all())
+
+
+def test_no_sequences() -> None:
+    for K in (0, 3):
+        out = ops.mtp_verify(ids(0, K, high=1), torch.zeros(0, K + 1, 7), seeds=0, positions=0)
+        assert out.tokens.shape == (0, K + 1) and out.accepted.shape == (0,) and out.packed_offsets.tolist() == [0]
 
 
 GOOD: dict[str, Any] = {

@@ -172,6 +172,52 @@ def test_greedy_rows() -> None:
     assert ops.sample(far, seeds=3, positions=0, temperature=0.0).tolist() == [3000]
 
 
+ODD_ROWS = [
+    [-INF] * 5,
+    [NAN] * 5,
+    [INF] * 5,
+    [NAN, -INF, NAN, -INF, NAN],
+    [INF, NAN, -INF, INF, 0.0],
+    [-INF, 0.0, NAN, 1.0, 2.0],
+    [3.4e38, -3.4e38, 3.4e38, 0.0, -1e38],
+    [-3.4e38] * 5,
+    [1e-45, -1e-45, 0.0, -0.0, -1e-40],
+]
+
+
+@pytest.mark.parametrize("V", [1, 5])
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0, 1e30])
+def test_odd_rows_under_extreme_rules(temperature: float, V: int) -> None:
+    """No row is without a token, and none is outside the vocabulary; the smallest and largest of every rule."""
+    logits = torch.tensor(ODD_ROWS)[:, :V]
+    bans = {"bias_ids": torch.arange(V), "bias_values": torch.full((V,), -INF), "bias_spans": torch.tensor([0, V])}
+    for top_k in (0, 2, 2**63 - 1):
+        for top_p in (1e-50, 0.5, 1 - 2**-24, 1.0):
+            for min_p in (0.0, 1e-50, 1.0):
+                rules = {"temperature": temperature, "top_k": top_k, "min_p": min_p}
+                for seed in (-(2**63), 2**63 - 1):
+                    kwargs = {"logits": logits, "seeds": seed, "positions": torch.arange(9) + 2**63 - 9, **rules}
+                    got = ops.sample(**kwargs, top_p=top_p)
+                    want = reference.sample(**kwargs, top_p=max(top_p, 2**-149))
+                    assert torch.equal(got, want)
+                everything = ops.sample(**kwargs, top_p=top_p, **bans)
+                assert bool(((everything >= 0) & (everything < V)).all())
+
+
+def test_an_empty_history_and_an_empty_bias_change_nothing() -> None:
+    logits, none = values(6, 40), torch.empty(0, dtype=I64)
+    plain = {"logits": logits, "seeds": torch.arange(6), "positions": 2}
+    rules = {"token_ids": none, "history": torch.tensor([0, 0, 0]), "repetition_penalty": 2.0, "presence_penalty": 1.0}
+    rules |= {"bias_ids": none, "bias_values": torch.empty(0), "bias_spans": torch.tensor([0, 0])}
+    assert torch.equal(ops.sample(**plain, **rules), ops.sample(**plain))
+
+
+def test_no_rows() -> None:
+    for lead in ((0,), (2, 0), (0, 3)):
+        ids_ = ops.sample(torch.zeros(*lead, 7), seeds=0, positions=0, top_p=0.5)
+        assert ids_.shape == lead and ids_.dtype == I64
+
+
 @pytest.mark.parametrize("rules", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.6, "min_p": 0.05}])
 def test_a_million_draws_follow_the_distribution(rules: dict) -> None:
     """Chi-square; the seed is fixed, so this is no coin toss."""
@@ -207,6 +253,9 @@ def test_bias_bans_forces_and_adds_up() -> None:
     assert ops.sample(logits, **greedy, **bias([1, 0], [-INF, 0.0])).item() == 0
     assert ops.sample(logits, **greedy, **bias([3, 3], [3.0, 3.0])).item() == 3
     assert ops.sample(logits, **greedy, **bias([3, 2], [3.0, 6.0])).item() == 2
+    for rules in ({}, {"top_k": 2}, {"top_p": 0.999}):  # OpenAI's ends: -100 bans, 100 leaves nothing else
+        assert 1 not in drawn_set(logits, 300, bias_spans=spans[0], **bias([1, 1], [-100.0, 0.0]), **rules)
+        assert drawn_set(logits, 300, bias_spans=spans[0], **bias([2, 2], [100.0, 0.0]), **rules) == {2}
 
 
 def test_rows_of_drafts_share_one_history() -> None:
@@ -309,6 +358,13 @@ GOOD: dict[str, Any] = {
         ({"temperature": [1.0, NAN]}, "temperature: .*: got nan in row 1"),
         ({"temperature": INF}, "temperature: .*: got inf"),
         ({"temperature": 1e-31}, "temperature: "),
+        ({"temperature": 1e-50}, "temperature: .*: got 1.4.*e-45"),  # not 0 once it is fp32
+        ({"temperature": [0.5, -1e-50]}, "temperature: .*: got -1.4.*e-45 in row 1"),
+        ({"temperature": torch.tensor(1e-50, dtype=F64)}, "temperature: .*: got 1.4.*e-45"),
+        ({"temperature": 1e40}, r"temperature: expected values that torch.float32 holds: got 1e\+40"),
+        ({"temperature": [1e40, 1.0]}, "temperature: .*: got inf in row 0"),
+        ({"seeds": 2**63}, "seeds: expected values that torch.int64 holds: got 9223372036854775808"),
+        ({"seeds": [0, -(2**63) - 1]}, "seeds: expected values that torch.int64 holds"),
         ({"top_k": -1}, "top_k: expected 0 .all. or at least 1: got -1"),
         ({"top_k": torch.tensor(1.5)}, "top_k: expected integers"),
         ({"top_k": 1.5}, "top_k: expected integers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from glmx.ops._library import check_same_dtype, op
 _forward = op("sample")
 Values = float | Sequence[float] | Tensor  # one for all rows, or a shape that broadcasts to the rows
 DRAW_TARGET, DRAW_ACCEPT, DRAW_RESIDUAL, DRAW_DRAFT = range(4)
+# The least fp32 above 0. What is smaller still must not become 0, which of a temperature would mean greedy.
+_LEAST = 2.0**-149
 _NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
@@ -96,12 +99,21 @@ def _lead(logits: Tensor) -> torch.Size:
 
 
 def per_row(value: Any, name: str, lead: torch.Size, dtype: torch.dtype, *width: int) -> Tensor:
-    """The values of every row, flat. Integers are not made from fractions."""
-    if isinstance(value, int) or (isinstance(value, float) and dtype.is_floating_point):
-        return torch.full((lead.numel(), *width), value, dtype=dtype)
-    tensor = torch.as_tensor(value)
-    if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel() > 0:
+    """The values of every row, flat. Integers are not made from fractions, and 0 is not made from small numbers."""
+    floating = dtype.is_floating_point
+    try:
+        if isinstance(value, int) or (isinstance(value, float) and floating):
+            number = math.copysign(_LEAST, value) if 0 < abs(value) < _LEAST else value
+            return torch.full((lead.numel(), *width), number, dtype=dtype)
+        given = isinstance(value, Tensor) or not floating
+        tensor = torch.as_tensor(value) if given else torch.as_tensor(value, dtype=torch.float64)
+    except (OverflowError, RuntimeError, ValueError):  # which of them differs with the type and with lists
+        raise ValueError(f"{name}: expected values that {dtype} holds: got {value}") from None
+    if tensor.is_floating_point() and not floating and tensor.numel() > 0:
         raise ValueError(f"{name}: expected integers: got {tensor.dtype}")
+    if tensor.dtype is torch.float64:
+        small = (tensor != 0) & (tensor.abs() < _LEAST)
+        tensor = torch.where(small, torch.full_like(tensor, _LEAST).copysign(tensor), tensor)
     try:
         spread = tensor.to(dtype).broadcast_to(*lead, *width)
     except RuntimeError:
