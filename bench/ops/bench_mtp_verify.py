@@ -3,7 +3,7 @@
     pytest bench/ops/bench_mtp_verify.py            (OMP_NUM_THREADS sets the threads)
 
 The peer does what a few lines of torch do, on all rows at once: argmax for greedy; else softmax, with top-p a sort and
-a running sum, torch.multinomial for draws, gather and where for the drafts. Logits are those of bench_sample.py, at
+a running sum, bench_sample's draw, gather and where for the drafts. Logits are those of bench_sample.py, at
 temperature 0.8. Drafts are all accepted, or the first is refused: then we leave out the rows behind it, which the peer
 cannot know. The bytes counted are those of the rows of logits and draft_probs that have to be read, once.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import harness
 import pytest
 import torch
-from bench.ops.bench_sample import VOCABULARY, zipf
+from bench.ops.bench_sample import VOCABULARY, drawn, zipf
 
 import glmx.ops
 
@@ -39,14 +39,14 @@ def by_rows(mode: str, draft_ids: torch.Tensor, logits: torch.Tensor, q: torch.T
     else:
         probs = scaled.softmax(-1)
     if mode == "sample":
-        return by_own_tokens(draft_ids, torch.multinomial(probs.flatten(0, 1), 1).view(logits.shape[:2]))
+        return by_own_tokens(draft_ids, drawn(probs.flatten(0, 1)).view(logits.shape[:2]))
     assert q is not None
     b, j = torch.arange(len(draft_ids)), torch.arange(K + 1)
     p_draft, q_draft = (x.gather(-1, draft_ids[..., None])[..., 0] for x in (probs[:, :K], q))
     accepted = (torch.rand_like(p_draft) * q_draft < p_draft).long().cumprod(-1).sum(-1)
     rest = (probs[b, accepted] - q[b, accepted.clamp(max=K - 1)]).clamp(min=0)
     rest = torch.where((accepted == K)[:, None], probs[b, accepted], rest)
-    last = torch.multinomial(rest, 1)
+    last = drawn(rest)
     tokens = torch.where(j < accepted[:, None], torch.cat((draft_ids, last), 1), last)
     return torch.where(j <= accepted[:, None], tokens, -1), accepted
 
