@@ -34,8 +34,10 @@ from glmx.serve.text import TextStream
 
 log = logging.getLogger(__name__)
 
-# Rows of hidden states that a sequence keeps for the MTP layer while it makes no drafts; then they are taken in.
-MAX_HELD = 64
+# Rows of hidden states that a sequence keeps for the MTP layer while it makes no drafts; then they are taken in. Where
+# drafts do not pay that would cost 2 % of a small model's time: it forgets what it has of the sequence, and keeps a few
+# rows for the next try to begin with.
+MAX_HELD, KEPT = 64, 32
 
 
 class ContextLengthError(ValueError):
@@ -59,6 +61,7 @@ class Request:
     finish_reason  "stop", "length" or None; stop_reason: the id or the string that stopped it
     error          why it failed, in place of a finish_reason
     held           hidden states [h, H] that the MTP layer has yet to take in; None: no drafts are made
+    mtp_start      the token that its first entry of the sequence is of: tokens before it are forgotten
     track          how well its drafts do
     """
 
@@ -76,6 +79,7 @@ class Request:
     stop_reason: int | str | None = None
     error: Exception | None = None
     held: torch.Tensor | None = None
+    mtp_start: int = 0
     track: Track | None = None
 
     @property
@@ -228,6 +232,8 @@ class Engine:
         self._learn(batch, known, drafts, gained, times)
         for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
             request.held = rows
+            if rows is not None and len(rows) > MAX_HELD:
+                self._forget(request)
             for token, logprob in zip(tokens, found, strict=True):
                 if not request.finished:
                     self._append(request, token, logprob)
@@ -289,15 +295,25 @@ class Engine:
         """What the MTP layer has yet to take in of a request that gains `tokens`; `rows` are the last hidden states."""
         if request.held is None or self._room(request) - len(tokens) < 2:
             return None
-        start = self.state.mtp_lengths[request.slot]
+        start = request.mtp_start + self.state.mtp_lengths[request.slot]
         missing = self.state.lengths[request.slot] - start - len(rows_TH)
         held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])
-        if len(held_TH) > MAX_HELD:
+        if len(held_TH) > MAX_HELD and self._hopeful(request):
             # All but the last, out of which the first draft comes.
             next_ids = [*request.tokens_from(start + 1), *tokens][: len(held_TH) - 1]
             self._drafter.prime(request.slot, held_TH[:-1], next_ids)
             held_TH = held_TH[-1:].clone()
         return held_TH
+
+    def _hopeful(self, request: Request) -> bool:
+        return self.speculation is None or request.track is None or self.speculation.hopeful(request.track)
+
+    def _forget(self, request: Request) -> None:
+        """The MTP layer begins the sequence anew with the last rows held; RoPE does not see what was before them."""
+        assert request.held is not None
+        request.held = request.held[-KEPT:].clone()
+        request.mtp_start = self.state.lengths[request.slot] - KEPT
+        self.state.truncate_mtp(request.slot, 0)
 
     def _learn(
         self,
@@ -323,7 +339,8 @@ class Engine:
                 ended - drafted_at,
                 drafted,
                 max(map(len, drafts)),
-                drafted_at - began if short else None,
+                drafted_at - began,
+                caught_up=short,
             )
 
     def _append_tokens(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> torch.Tensor:
