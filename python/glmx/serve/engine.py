@@ -312,7 +312,7 @@ class Engine:
         """The MTP layer begins the sequence anew with the last rows held; RoPE does not see what was before them."""
         assert request.held is not None
         request.held = request.held[-KEPT:].clone()
-        request.mtp_start = self.state.lengths[request.slot] - KEPT
+        request.mtp_start = self.state.lengths[request.slot] - len(request.held)
         self.state.truncate_mtp(request.slot, 0)
 
     def _learn(
