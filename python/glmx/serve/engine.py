@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 # Rows of hidden states that a sequence keeps for the MTP layer while it makes no drafts; then they are taken in. Where
 # drafts do not pay that would cost 2 % of a small model's time: it forgets what it has of the sequence, and keeps a few
 # rows for the next try to begin with.
-MAX_HELD, KEPT = 64, 32
+MAX_HELD, KEPT = 64, 16
 
 
 class ContextLengthError(ValueError):
@@ -222,7 +222,7 @@ class Engine:
             for request, tokens, guesses, rows_TH in zip(batch, gained, drafts, hidden, strict=True):
                 wrong = 1 + len(guesses) - len(tokens)
                 self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
-                held.append(self._hold(request, tokens, rows_TH[: len(rows_TH) - wrong]))
+                held.append(self._hold(request, tokens, rows_TH[: len(rows_TH) - wrong], bool(guesses)))
             times.append(self.clock())
         except BaseException:
             for slot, (length, mtp_length) in zip(slots, lengths, strict=True):
@@ -232,8 +232,8 @@ class Engine:
         self._learn(batch, known, drafts, gained, times)
         for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
             request.held = rows
-            if rows is not None and len(rows) > MAX_HELD:
-                self._forget(request)
+            if rows is not None:
+                self._begin_at_held(request)
             for token, logprob in zip(tokens, found, strict=True):
                 if not request.finished:
                     self._append(request, token, logprob)
@@ -291,29 +291,35 @@ class Engine:
         """The token behind the drafts of each request, by its parameters and by its place in the sequence."""
         return sample(logits_BV, **sampling_rules(batch, drafts)).tolist()
 
-    def _hold(self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor) -> torch.Tensor | None:
+    def _hold(
+        self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor, drafted: bool
+    ) -> torch.Tensor | None:
         """What the MTP layer has yet to take in of a request that gains `tokens`; `rows` are the last hidden states."""
         if request.held is None or self._room(request) - len(tokens) < 2:
             return None
+        assert self.speculation is not None and request.track is not None
+        hopeful = drafted or self.speculation.hopeful(request.track)
+        if not hopeful and request.track.idle + KEPT < request.track.patience:
+            return rows_TH[-1:]  # no try is near
         start = request.mtp_start + self.state.mtp_lengths[request.slot]
         missing = self.state.lengths[request.slot] - start - len(rows_TH)
         held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])
-        if len(held_TH) > MAX_HELD and self._hopeful(request):
+        if len(held_TH) > MAX_HELD and not hopeful:
+            held_TH = held_TH[-KEPT:].clone()
+        elif len(held_TH) > MAX_HELD:
             # All but the last, out of which the first draft comes.
             next_ids = [*request.tokens_from(start + 1), *tokens][: len(held_TH) - 1]
             self._drafter.prime(request.slot, held_TH[:-1], next_ids)
             held_TH = held_TH[-1:].clone()
         return held_TH
 
-    def _hopeful(self, request: Request) -> bool:
-        return self.speculation is None or request.track is None or self.speculation.hopeful(request.track)
-
-    def _forget(self, request: Request) -> None:
-        """The MTP layer begins the sequence anew with the last rows held; RoPE does not see what was before them."""
+    def _begin_at_held(self, request: Request) -> None:
+        """Where rows before those held are missing, the MTP layer begins anew; RoPE does not see what came before."""
         assert request.held is not None
-        request.held = request.held[-KEPT:].clone()
-        request.mtp_start = self.state.lengths[request.slot] - len(request.held)
-        self.state.truncate_mtp(request.slot, 0)
+        start = self.state.lengths[request.slot] - len(request.held)
+        if request.mtp_start + self.state.mtp_lengths[request.slot] != start:
+            request.mtp_start = start
+            self.state.truncate_mtp(request.slot, 0)
 
     def _learn(
         self,

@@ -206,8 +206,8 @@ class Speculation:
         return counts
 
     def hopeful(self, track: Track) -> bool:
-        """Whether the MTP layer's cache of a sequence is worth its upkeep: it gets drafts, or may soon."""
-        return not self.adaptive or (track.idle < PROBE_STEPS and track.patience < MAX_PROBE_STEPS)
+        """Whether the MTP layer's cache of a sequence is worth its upkeep: it has just had drafts."""
+        return not self.adaptive or (track.idle < QUIET_STEPS and track.patience < MAX_PROBE_STEPS)
 
     def observe(self, tracks: Sequence[Track], drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """What a step has verified."""
@@ -215,11 +215,14 @@ class Speculation:
         if any(drafted):
             self._quiet = ([], 0)
         for track, count, right in zip(tracks, drafted, accepted, strict=True):
+            if not count:
+                track.idle += 1
+                continue
             if right:
                 track.patience = self._patience = PROBE_STEPS
-            elif count and 2 * track.idle >= track.patience:
+            elif 2 * track.idle >= track.patience:
                 track.patience = self._patience = min(2 * track.patience, MAX_PROBE_STEPS)
-            track.idle = 0 if count else track.idle + 1
+            track.idle = 0
             self.counters.add(count, right)
             for known in (track.acceptance, self._pool):
                 known.observe(count, right)
@@ -232,11 +235,14 @@ class Speculation:
         depth  draft steps, the most drafts that a sequence got; `drafts` of all together
         caught_up  the draft steps had no more to do than drafts
         """
+        self._saved_s += TRY_SHARE * forward_s
+        if not drafts and self._quiet[1] % 4:
+            self._saved_s = min(self._saved_s, 0.0)
+            return  # one of the many like it, which cost more to note than they tell
         self._forwards.add(rows, forward_s)
         if depth and caught_up:
             self._draft_steps.add(round(drafts / depth), drafting_s / depth)
         plain_s, tokens = self._forwards.at(rows - drafts), 1 + self._accepted / (rows - drafts)
-        self._saved_s += TRY_SHARE * forward_s
         if drafts:
             self._saved_s -= forward_s + drafting_s - tokens * plain_s
         # Nothing is saved up for later, and what learning has cost delays no try by more than the longest patience.
