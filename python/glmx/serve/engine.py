@@ -221,8 +221,10 @@ class Engine:
             held = []
             for request, tokens, guesses, rows_TH in zip(batch, gained, drafts, hidden, strict=True):
                 wrong = 1 + len(guesses) - len(tokens)
-                self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
-                held.append(self._hold(request, tokens, rows_TH[: len(rows_TH) - wrong], bool(guesses)))
+                if wrong:
+                    self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
+                    rows_TH = rows_TH[:-wrong]
+                held.append(self._hold(request, tokens, rows_TH, bool(guesses)))
             times.append(self.clock())
         except BaseException:
             for slot, (length, mtp_length) in zip(slots, lengths, strict=True):
@@ -249,7 +251,7 @@ class Engine:
 
     def _draft(self, batch: Sequence[Request]) -> list[list[int]]:
         """Guesses of each request's next tokens; as many as it can still gain, and as the forward still holds."""
-        if self.speculation is None:
+        if self.speculation is None or self.speculation.rests(_tracks(batch)):
             return [[] for _ in batch]
         rooms = [self._room(r) - 1 if r.held is not None and len(r.held) else 0 for r in batch]
         spare = self.max_num_batched_tokens - sum(r.num_tokens - self.state.lengths[r.slot] for r in batch)
@@ -300,7 +302,7 @@ class Engine:
         assert self.speculation is not None and request.track is not None
         hopeful = drafted or self.speculation.hopeful(request.track)
         if not hopeful and request.track.idle + KEPT < request.track.patience:
-            return rows_TH[-1:]  # no try is near
+            return rows_TH[-1:] if len(rows_TH) > 1 else rows_TH  # no try is near
         start = request.mtp_start + self.state.mtp_lengths[request.slot]
         missing = self.state.lengths[request.slot] - start - len(rows_TH)
         held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])
@@ -334,11 +336,14 @@ class Engine:
             return
         self.speculation.observe(_tracks(batch), list(map(len, drafts)), [len(tokens) - 1 for tokens in gained])
         if all(len(ids) == 1 for ids in known):
+            began, drafted_at, ended = times
+            if not any(drafts):
+                self.speculation.observe_times(len(batch), ended - drafted_at, 0, 0, 0.0)
+                return
             caught_up = [
                 len(r.held) for r, guesses in zip(batch, drafts, strict=True) if guesses and r.held is not None
             ]
             short = max(caught_up, default=0) <= self.speculation.limit + 1
-            began, drafted_at, ended = times
             drafted = sum(map(len, drafts))
             self.speculation.observe_times(
                 len(batch) + drafted,

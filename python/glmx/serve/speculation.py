@@ -125,7 +125,7 @@ class Times:
         return low + (self._medians[above] - low) * (size - below) / (above - below)
 
 
-@dataclass
+@dataclass(eq=False)
 class Track:
     """What is known of one sequence: its acceptance, how many steps it has had without drafts, and how many it may."""
 
@@ -193,12 +193,18 @@ class Speculation:
             counts = [count or min(ok, room) for count, ok, room in zip(counts, ready, rooms, strict=True)]
         return counts
 
+    def rests(self, tracks: Sequence[Track]) -> bool:
+        """Whether a step makes no drafts since the last ones chose none, and no try is due; `counts` need not be asked."""
+        quiet, steps = self._quiet
+        if not steps or quiet != tracks:
+            return False
+        if self._saved_s >= 0 and any(track.idle >= track.patience for track in tracks):
+            return False
+        self._quiet = quiet, steps - 1
+        return True
+
     def _choice(self, tracks: Sequence[Track], rooms: Sequence[int]) -> list[int]:
         """The counts that look best by what is known."""
-        quiet, steps = self._quiet
-        if steps and len(quiet) == len(tracks) and all(a is b for a, b in zip(quiet, tracks, strict=True)):
-            self._quiet = quiet, steps - 1
-            return [0] * len(tracks)
         reach = self._pool.reach()
         wanted = [track.acceptance.estimates(min(room, reach)) for track, room in zip(tracks, rooms, strict=True)]
         counts = choose(wanted, cache(partial(self._cost, len(tracks))))
@@ -238,7 +244,7 @@ class Speculation:
         self._saved_s += TRY_SHARE * forward_s
         if not drafts and self._quiet[1] % 4:
             self._saved_s = min(self._saved_s, 0.0)
-            return  # one of the many like it, which cost more to note than they tell
+            return  # one of many like it: to note them all costs more than they tell
         self._forwards.add(rows, forward_s)
         if depth and caught_up:
             self._draft_steps.add(round(drafts / depth), drafting_s / depth)
