@@ -124,7 +124,9 @@ class Variant:
         if self.drafts == "auto, new":
             self._renew()
         params = SamplingParams(temperature=0, max_tokens=self.answer)
-        requests = [Request(str(i), ids, params, 0, frozenset(), TextStream(None, params)) for i, ids in enumerate(prompts)]
+        requests = [
+            Request(str(i), ids, params, 0, frozenset(), TextStream(None, params)) for i, ids in enumerate(prompts)
+        ]
         for request in requests:
             self.engine.add(request)
         self.engine.step()

@@ -17,10 +17,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
     add("--top-p", type=float, default=1.0, metavar="P", help="keep the smallest set with mass P (default 1)")
     add("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0 keeps all (default 0)")
-    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens with P times the best one's chance (default 0)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="keep tokens with P times the best one's chance (default 0)",
+    )
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="against tokens seen so far; 1 is none")
-    add("--presence-penalty", type=float, default=0.0, metavar="X", help="against tokens of the answer, -2 to 2; 0 is none")
-    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each time they occur; 0 is none")
+    add(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="against tokens of the answer, -2 to 2; 0 is none",
+    )
+    add(
+        "--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each time they occur; 0 is none"
+    )
     add(
         "--logit-bias",
         type=bias,
