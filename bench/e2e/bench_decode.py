@@ -10,7 +10,7 @@ replaced, by the plain continuation with the given chance, else by another one.
 Numbers of drafts take turns, round by round, on the same prompts; the prompts' own forwards are not timed. What a step
 must read is counted in a pass before: every weight of the layers that ran, of the experts those to which its rows were
 routed, embeddings and lm_head, the keys and values attended to; the MTP layer's for each draft step. Those bytes at the
-machine's read bandwidth are the bound. "auto, new" begins without any experience in each round. With one thread the time
+machine's read bandwidth are the bound. "auto, new" begins without any experience in each round. With one thread time
 is the processor's, which does not count waiting for a core.
 """
 

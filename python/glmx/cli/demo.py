@@ -1,7 +1,7 @@
 """glmx demo: the main job on one page. Trains a small GLM on this machine's Python sources and uses it.
 
-    corpus -> tokenizer -> token shards -> pre-training -> held-out bits per byte, accepted drafts, speed -> checkpoint, plot
-    -> completions
+    corpus -> tokenizer -> token shards -> pre-training -> held-out bits per byte, accepted drafts, speed
+    -> checkpoint, plot -> completions
 
 Everything it makes is under --out; the same command goes on where it was stopped.
 """

@@ -194,7 +194,7 @@ class Speculation:
         return counts
 
     def rests(self, tracks: Sequence[Track]) -> bool:
-        """Whether a step makes no drafts since the last ones chose none, and no try is due; `counts` need not be asked."""
+        """Whether a step makes no drafts, as those before it, and no try is due: `counts` is not asked."""
         quiet, steps = self._quiet
         if not steps or quiet != tracks:
             return False
