@@ -35,7 +35,7 @@ from glmx.serve.text import TextStream
 log = logging.getLogger(__name__)
 
 # Rows of hidden states that a sequence keeps for the MTP layer while it makes no drafts; then they are taken in. Where
-# drafts do not pay that would cost 2 % of a small model's time: it forgets what it has of the sequence, and keeps a few
+# drafts do not pay that would be work for nothing: it forgets what it has of the sequence, and keeps a few
 # rows for the next try to begin with.
 MAX_HELD, KEPT = 64, 16
 

@@ -25,7 +25,7 @@ MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
 # it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
 PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
 TRY_SHARE = 0.01  # of the time of steps: what tries may lose. The next one waits until the last one is paid for.
-QUIET_STEPS = 8  # a choice of no drafts stands for so many steps: it takes 1 % of a small model's step to make
+QUIET_STEPS = 8  # a choice of no drafts stands for so many steps: to make it takes time as well
 UNLIKELY = 0.02  # drafts with less of a chance are not looked at: a forward row costs more than 2 % of a forward
 MARGIN = 1.05  # drafts that promise less of a gain are not made: of many noisy promises the best one is too good
 HOPE = 0.8  # of drafts that were never tried: high, so that they are
