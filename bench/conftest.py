@@ -14,6 +14,10 @@ import harness
 ROWS: list[harness.Row] = []
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--decode-model", metavar="RUN", help="what bench_decode.py decodes with: a run of glmx demo")
+
+
 @pytest.fixture
 def record_row():
     """Call it with a Row: it is compared with the last saved one of its name and shown at the end."""

@@ -37,6 +37,7 @@ class Row:
     ratio: dict[str, float]
     flagged: list[str] = dataclasses.field(default_factory=list)
     unfit: dict[str, int] = dataclasses.field(default_factory=dict)  # peers that were not run: the bytes they need
+    note: str = ""
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -167,6 +168,7 @@ def table(rows: list[Row]) -> str:
         milliseconds = f"{1e3 * row.seconds:.3f}"
         lines.append(
             f"{row.name:{width}} {row.kernel:>7} {row.threads:>3} {milliseconds:>9} {rate:>14} {share:>22}  {ratios}"
+            + f"  ({row.note})" * bool(row.note)
         )
     lines += [f"SLOWER THAN BEFORE  {row.name}: {'; '.join(row.flagged)}" for row in rows if row.flagged]
     return "\n".join(lines)

@@ -65,6 +65,19 @@ def test_it_leaves_a_checkpoint_a_plot_and_a_completion(finished: tuple[Path, st
         assert phrase in printed, phrase
     assert f"{TOKENS:,} tokens" in printed
     check_drafts(printed)
+    check_speed(printed)
+
+
+def check_speed(printed: str) -> None:
+    """Tokens per second without drafts, with one, with an adapted number, and their ratios."""
+    found = re.search(
+        r"decoding +([\d,]+) tokens/s without drafts, ([\d,]+) with one a step \(([\d.]+)x\), "
+        r"([\d,]+) with as many as pay off \(([\d.]+)x\): medians of 5 rounds in turns, 128 tokens each",
+        printed,
+    )
+    assert found, printed
+    plain, one, of_one, auto, of_auto = (float(value.replace(",", "")) for value in found.groups())
+    assert plain > 0 and abs(one / plain - of_one) < 0.02 and abs(auto / plain - of_auto) < 0.02
 
 
 def check_drafts(printed: str) -> None:

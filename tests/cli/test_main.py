@@ -43,6 +43,29 @@ def test_usage_errors_are_one_line(argv, words, capsys):
     assert err.count("\n") == 1 and words in err
 
 
+def test_generate_has_a_flag_for_every_rule_of_sampling(monkeypatch):
+    from glmx.serve import llm
+
+    seen = []
+
+    class Recorder:
+        def __init__(self, *args, **options): ...
+
+        def stream(self, prompt, params):
+            seen.append(params)
+            return iter(())
+
+    monkeypatch.setattr(llm, "LLM", Recorder)
+    rules = {"max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 5}
+    rules |= {"repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.25}
+    flags = [word for name, value in rules.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    biases = ["--logit-bias", "5=3", "--logit-bias", "9=-2.5"]
+    assert cli.main(["generate", "m", "--prompt", "p", *flags, *biases]) == 0
+    assert cli.main(["generate", "m", "--prompt", "p"]) == 0
+    assert seen[0] == llm.SamplingParams(**rules, logit_bias={5: 3.0, 9: -2.5})
+    assert seen[1] == llm.SamplingParams(max_tokens=128, temperature=0.0, seed=0)
+
+
 def test_a_users_mistake_is_one_line_and_traceback_is_on_request(monkeypatch, capsys):
     from glmx.cli import generate
 

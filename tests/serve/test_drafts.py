@@ -120,6 +120,29 @@ def outputs(llm, asked, each):
     return [out.outputs[0] for out in llm.generate(asked, each)]
 
 
+def test_what_is_not_kept_up_begins_anew(open_llm, plain, monkeypatch):
+    """Without hope the MTP layer sees the last rows alone; texts are the same, and drafts still hit."""
+    monkeypatch.setattr(engine_module, "MAX_HELD", 8)
+    monkeypatch.setattr(engine_module, "KEPT", 4)
+    for case in FAMILIES:
+        whim = Whim(3, seed=1)
+        whim.hopeful = lambda track: False
+        llm, starts = open_llm(case, whim), []
+        widths = []
+        step = llm.model.mtp_step
+
+        def recorded(rows, *args, step=step, widths=widths, llm=llm, starts=starts):
+            widths.append(len(rows))
+            starts.extend(request.mtp_start for request in llm.engine.running)
+            return step(rows, *args)
+
+        monkeypatch.setattr(llm.model, "mtp_step", recorded)
+        asked, each = prompts(llm, [30, 5, 60]), [params(max_tokens=40, temperature=0.3, seed=s) for s in range(3)]
+        assert outputs(llm, asked, each) == outputs(plain[case], asked, each)
+        assert max(starts) >= 56 and max(widths) <= 3 * (8 + 4), "prompts are taken in"
+        assert llm.speculation.num_accepted_tokens > 5 and is_empty(llm.engine)
+
+
 def test_rules_of_a_history_see_the_drafts_before_them(open_llm, plain):
     """Penalties count what a step itself has drafted: short texts that repeat, with and without rules."""
     recorded = Recorded(4)

@@ -159,6 +159,28 @@ def test_a_sequence_that_was_off_comes_back():
     assert sum(back[-50:]) > 150 and back.index(1) <= MAX_PROBE_STEPS and tracks[0].patience == PROBE_STEPS
 
 
+@pytest.mark.parametrize("rate, cost", [(0.0, linear(10, 5, 5)), (0.6, linear(10, 5, 5)), (0.6, linear(10, 4, 3))])
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_tries_that_do_not_pay_cost_less_than_two_percent(rate, cost, sequences):
+    policy, draw, rates = Speculation(6, True), random.Random(7), [rate] * sequences
+    tracks = [policy.track() for _ in rates]
+    run(policy, rates, cost, 300, draw, tracks)
+    seconds = tokens = 0.0
+    counters = policy.counters
+    for _ in range(2000):
+        before = counters.num_accepted_tokens
+        (counts,) = run(policy, rates, cost, 1, draw, tracks)
+        seconds += cost(sequences + sum(counts), max(counts))
+        tokens += sequences + counters.num_accepted_tokens - before
+    assert seconds / tokens < 1.02 * cost(sequences, 0) / sequences
+
+
+def test_it_learns_step_by_step():
+    """A first try makes one draft, and a draft that was never right is followed by none."""
+    counts = [c for (c,) in run(Speculation(6, True), [0.0], linear(10, 1, 1), 30, random.Random(8))]
+    assert max(counts) == 1 and 1 <= sum(counts) < 10
+
+
 def test_a_fixed_number_is_fixed_but_for_the_room():
     policy = Speculation(5)
     tracks = [policy.track() for _ in range(4)]

@@ -60,8 +60,8 @@ def figure_of(log, **options):
 
     figure = Figure(figsize=(14, 9))
     FigureCanvasAgg(figure)
-    accepted = options.pop("accepted", ())
-    plot._draw(figure, *plot.read_log(log), "", options, accepted=accepted)
+    accepted, decoding = options.pop("accepted", ()), options.pop("decoding", ())
+    plot._draw(figure, *plot.read_log(log), "", options, accepted=accepted, decoding=decoding)
     return figure
 
 
@@ -97,6 +97,19 @@ def test_accepted_drafts_have_a_panel_that_leaves_the_others_their_place(tmp_pat
     top = sorted((a.get_position() for a in figure.axes if a.get_position().y0 > 0.5), key=lambda box: box.x0)
     assert len(top) == 3 + kl and all(a.x1 < b.x0 for a, b in zip(top, top[1:], strict=False)) and top[-1].x1 < 1
     assert "Accepted drafts" not in {a.get_title(loc="left") for a in figure_of(log).axes}
+
+
+def test_decoding_speed_stands_above_the_bars(tmp_path):
+    log = write_log(tmp_path / "log.jsonl", kl=True)
+    figure = figure_of(log, accepted=(1.0, 0.25), decoding=(1234.4, 600.0, 1230.0))
+    drafts = next(a for a in figure.axes if a.get_title(loc="left") == "Accepted drafts")
+    words = drafts.texts[-1]
+    assert words.get_text().splitlines() == [
+        "2.25 tokens per forward", "decoding, tokens/s", "1,234 without drafts", "600 with one", "1,230 adapted",
+    ]  # fmt: skip
+    figure.canvas.draw()
+    box, panel = words.get_window_extent(), drafts.get_window_extent()
+    assert box.x0 >= panel.x0 and box.y0 > drafts.texts[0].get_window_extent().y1
 
 
 def test_smoothing_has_no_lag_and_keeps_gaps():

@@ -1,7 +1,7 @@
 """glmx demo: the main job on one page. Trains a small GLM on this machine's Python sources and uses it.
 
-    corpus -> tokenizer -> token shards -> pre-training -> held-out bits per byte, accepted drafts -> checkpoint, plot
-    -> completions
+    corpus -> tokenizer -> token shards -> pre-training -> held-out bits per byte, accepted drafts, speed
+    -> checkpoint, plot -> completions
 
 Everything it makes is under --out; the same command goes on where it was stopped.
 """
@@ -27,6 +27,7 @@ from glmx.errors import ConfigError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
+    from glmx.cli.demo_speed import Speed
     from glmx.data.corpus import Corpus
     from glmx.data.tokenizer import Tokenizer
     from glmx.models.acceptance import Acceptance
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         return 128 + signal.Signals[result.reason]
     console.rule("results")
     drafts = accepted_drafts(args, result.checkpoint)
-    report(args, console, corpus, tokenizer, result, config.indexer.dense_tokens or 0, drafts)
+    speed = decoding_speed(corpus, result.checkpoint)
+    report(args, console, corpus, tokenizer, result, config.indexer.dense_tokens or 0, drafts, speed)
     if args.arch == "glm_moe_dsa":
         console.print(sparsity_words(args, result.checkpoint), soft_wrap=True)
     complete(console, corpus, result.checkpoint)
@@ -200,6 +202,7 @@ def report(
     result: Any,
     dense_tokens: int,
     drafts: Acceptance,
+    speed: Speed,
 ) -> None:
     """Held-out bits per byte beside what compressors and a token 5-gram make of the same bytes; the plot."""
     from rich.table import Table
@@ -239,6 +242,7 @@ def report(
     if kl_words := indexer_kl(steps):
         console.print(kl_words, soft_wrap=True)
     console.print(drafts_words(drafts), soft_wrap=True)
+    console.print(speed.words, soft_wrap=True)
     shown = {"gzip -9, per file": packed.gzip_per_file, "token 5-gram": ngram}
     picture = plot_run(
         log,
@@ -247,6 +251,7 @@ def report(
         baselines=shown,
         dense_tokens=dense_tokens,
         accepted=drafts.shares,
+        decoding=speed.rates,
     )
     console.print(f"plot      {picture}", soft_wrap=True)
 
@@ -295,6 +300,14 @@ def drafts_words(drafts: Acceptance) -> str:
         f"drafts    greedy decoding accepts draft {numbers} of the MTP layer at {shares} of {drafts.places:,} "
         f"places of held-out text: {drafts.tokens_per_step:.2f} tokens per forward of the model"
     )
+
+
+def decoding_speed(corpus: Corpus, checkpoint: Path) -> Speed:
+    """Tokens per second on heads of held-out functions, with and without drafts."""
+    from glmx.cli.demo_speed import measure
+    from glmx.serve.llm import LLM
+
+    return measure(LLM(checkpoint, max_num_seqs=1), heldout_prompts(corpus))
 
 
 def sparsity_words(args: argparse.Namespace, checkpoint: Path) -> str:

@@ -17,6 +17,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
     add("--top-p", type=float, default=1.0, metavar="P", help="keep the smallest set with mass P (default 1)")
     add("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0 keeps all (default 0)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="keep tokens with P times the best one's chance (default 0)",
+    )
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="against tokens seen so far; 1 is none")
+    add(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="against tokens of the answer, -2 to 2; 0 is none",
+    )
+    add(
+        "--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each time they occur; 0 is none"
+    )
+    add(
+        "--logit-bias",
+        type=bias,
+        action="append",
+        default=[],
+        metavar="ID=X",
+        help="add X (-100 to 100) to the logit of token ID; may be given several times",
+    )
     add("--seed", type=int, default=0, metavar="S", help="seed of the sampler (default 0)")
     add(
         "--num-speculative-tokens",
@@ -29,6 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--check-weights", action="store_true", help="refuse weights with NaN or infinity in them")
     add("--dtype", default="auto", help="auto, bf16 or fp32 (default auto: the checkpoint's)")
+
+
+def bias(text: str) -> tuple[int, float]:
+    """--logit-bias for argparse."""
+    try:
+        token, value = text.split("=")
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a token id and a number, as in 42=-1.5") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +81,11 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        logit_bias=dict(args.logit_bias) or None,
         seed=args.seed,
     )
     llm = LLM(

@@ -3,7 +3,7 @@
 The layer's entry t is made of the hidden state of token t and of token t+1. What it lacks of a sequence rides in
 `Request.held`, so that
 
-    state.mtp_lengths[slot] + len(request.held) == state.lengths[slot]
+    request.mtp_start + state.mtp_lengths[slot] + len(request.held) == state.lengths[slot]
 
 between two steps, with at least one row held. The first draft comes out of the last of these entries; each further
 one feeds the layer's own hidden state (after its norm) and the draft before it. Entries made so are guesses too, and
@@ -59,7 +59,7 @@ class Drafter:
         for i in active:
             request = requests[i]
             assert request.held is not None
-            known = request.tokens_from(self.state.mtp_lengths[request.slot] + 1)
+            known = request.tokens_from(request.mtp_start + self.state.mtp_lengths[request.slot] + 1)
             head = max(len(known) - share, 0)
             self.prime(request.slot, request.held[:head], known[:head])
             hidden.append(request.held[head:])
@@ -84,7 +84,7 @@ class Drafter:
             z_BH = self._append(slots, z_BH[rows].split(1), [[ids[b]] for b in on], selection).hidden
         for request, count in zip(requests, counts, strict=True):
             if count:
-                self.state.truncate_mtp(request.slot, self.state.lengths[request.slot])
+                self.state.truncate_mtp(request.slot, self.state.lengths[request.slot] - request.mtp_start)
         return drafts
 
     def _kept(self, selection: Selection | None, rows: torch.Tensor) -> Selection | None:

@@ -34,8 +34,10 @@ from glmx.serve.text import TextStream
 
 log = logging.getLogger(__name__)
 
-# Rows of hidden states that a sequence keeps for the MTP layer while it makes no drafts; then they are taken in.
-MAX_HELD = 64
+# Rows of hidden states that a sequence keeps for the MTP layer while it makes no drafts; then they are taken in. Where
+# drafts do not pay that would be work for nothing: it forgets what it has of the sequence, and keeps a few
+# rows for the next try to begin with.
+MAX_HELD, KEPT = 64, 16
 
 
 class ContextLengthError(ValueError):
@@ -59,6 +61,7 @@ class Request:
     finish_reason  "stop", "length" or None; stop_reason: the id or the string that stopped it
     error          why it failed, in place of a finish_reason
     held           hidden states [h, H] that the MTP layer has yet to take in; None: no drafts are made
+    mtp_start      the token that its first entry of the sequence is of: tokens before it are forgotten
     track          how well its drafts do
     """
 
@@ -76,6 +79,7 @@ class Request:
     stop_reason: int | str | None = None
     error: Exception | None = None
     held: torch.Tensor | None = None
+    mtp_start: int = 0
     track: Track | None = None
 
     @property
@@ -217,8 +221,10 @@ class Engine:
             held = []
             for request, tokens, guesses, rows_TH in zip(batch, gained, drafts, hidden, strict=True):
                 wrong = 1 + len(guesses) - len(tokens)
-                self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
-                held.append(self._hold(request, tokens, rows_TH[: len(rows_TH) - wrong]))
+                if wrong:
+                    self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
+                    rows_TH = rows_TH[:-wrong]
+                held.append(self._hold(request, tokens, rows_TH, bool(guesses)))
             times.append(self.clock())
         except BaseException:
             for slot, (length, mtp_length) in zip(slots, lengths, strict=True):
@@ -228,6 +234,8 @@ class Engine:
         self._learn(batch, known, drafts, gained, times)
         for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
             request.held = rows
+            if rows is not None:
+                self._begin_at_held(request)
             for token, logprob in zip(tokens, found, strict=True):
                 if not request.finished:
                     self._append(request, token, logprob)
@@ -243,7 +251,7 @@ class Engine:
 
     def _draft(self, batch: Sequence[Request]) -> list[list[int]]:
         """Guesses of each request's next tokens; as many as it can still gain, and as the forward still holds."""
-        if self.speculation is None:
+        if self.speculation is None or self.speculation.rests(_tracks(batch)):
             return [[] for _ in batch]
         rooms = [self._room(r) - 1 if r.held is not None and len(r.held) else 0 for r in batch]
         spare = self.max_num_batched_tokens - sum(r.num_tokens - self.state.lengths[r.slot] for r in batch)
@@ -285,19 +293,35 @@ class Engine:
         """The token behind the drafts of each request, by its parameters and by its place in the sequence."""
         return sample(logits_BV, **sampling_rules(batch, drafts)).tolist()
 
-    def _hold(self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor) -> torch.Tensor | None:
+    def _hold(
+        self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor, drafted: bool
+    ) -> torch.Tensor | None:
         """What the MTP layer has yet to take in of a request that gains `tokens`; `rows` are the last hidden states."""
         if request.held is None or self._room(request) - len(tokens) < 2:
             return None
-        start = self.state.mtp_lengths[request.slot]
+        assert self.speculation is not None and request.track is not None
+        hopeful = drafted or self.speculation.hopeful(request.track)
+        if not hopeful and request.track.idle + KEPT < request.track.patience:
+            return rows_TH[-1:] if len(rows_TH) > 1 else rows_TH  # no try is near
+        start = request.mtp_start + self.state.mtp_lengths[request.slot]
         missing = self.state.lengths[request.slot] - start - len(rows_TH)
         held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])
-        if len(held_TH) > MAX_HELD:
+        if len(held_TH) > MAX_HELD and not hopeful:
+            held_TH = held_TH[-KEPT:].clone()
+        elif len(held_TH) > MAX_HELD:
             # All but the last, out of which the first draft comes.
             next_ids = [*request.tokens_from(start + 1), *tokens][: len(held_TH) - 1]
             self._drafter.prime(request.slot, held_TH[:-1], next_ids)
             held_TH = held_TH[-1:].clone()
         return held_TH
+
+    def _begin_at_held(self, request: Request) -> None:
+        """Where rows before those held are missing, the MTP layer begins anew; RoPE does not see what came before."""
+        assert request.held is not None
+        start = self.state.lengths[request.slot] - len(request.held)
+        if request.mtp_start + self.state.mtp_lengths[request.slot] != start:
+            request.mtp_start = start
+            self.state.truncate_mtp(request.slot, 0)
 
     def _learn(
         self,
@@ -312,18 +336,22 @@ class Engine:
             return
         self.speculation.observe(_tracks(batch), list(map(len, drafts)), [len(tokens) - 1 for tokens in gained])
         if all(len(ids) == 1 for ids in known):
+            began, drafted_at, ended = times
+            if not any(drafts):
+                self.speculation.observe_times(len(batch), ended - drafted_at, 0, 0, 0.0)
+                return
             caught_up = [
                 len(r.held) for r, guesses in zip(batch, drafts, strict=True) if guesses and r.held is not None
             ]
             short = max(caught_up, default=0) <= self.speculation.limit + 1
-            began, drafted_at, ended = times
             drafted = sum(map(len, drafts))
             self.speculation.observe_times(
                 len(batch) + drafted,
                 ended - drafted_at,
                 drafted,
                 max(map(len, drafts)),
-                drafted_at - began if short else None,
+                drafted_at - began,
+                caught_up=short,
             )
 
     def _append_tokens(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -24,7 +24,10 @@ MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
 # A sequence without drafts tries one after so many steps, as its text may have become easier; after each that is wrong
 # it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
 PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
+TRY_SHARE = 0.01  # of the time of steps: what tries may lose. The next one waits until the last one is paid for.
+QUIET_STEPS = 8  # a choice of no drafts stands for so many steps: to make it takes time as well
 UNLIKELY = 0.02  # drafts with less of a chance are not looked at: a forward row costs more than 2 % of a forward
+MARGIN = 1.05  # drafts that promise less of a gain are not made: of many noisy promises the best one is too good
 HOPE = 0.8  # of drafts that were never tried: high, so that they are
 POOL_WEIGHT, POOL_DECAY = 4.0, 0.995  # all sequences: HOPE counts as 4 tries, and the last 200 tries count
 OWN_WEIGHT, OWN_DECAY = 8.0, 0.95  # one sequence: the others' share counts as 8 tries, and its last 20 count
@@ -74,6 +77,10 @@ class Acceptance:
             self._right[j] = self._decay * self._right[j] + (j < accepted)
             self._tries[j] = self._decay * self._tries[j] + 1
 
+    def reach(self) -> int:
+        """Drafts that are known, and one more: what comes behind a draft that was never right is not worth a hope."""
+        return next((j + 1 for j, right in enumerate(self._right) if not right), len(self._right))
+
     def estimates(self, count: int) -> list[float]:
         prior = [HOPE] * count if self._prior is None else self._prior.estimates(count)
         w, rows = self._weight, zip(self._right, self._tries, prior, strict=False)
@@ -118,7 +125,7 @@ class Times:
         return low + (self._medians[above] - low) * (size - below) / (above - below)
 
 
-@dataclass
+@dataclass(eq=False)
 class Track:
     """What is known of one sequence: its acceptance, how many steps it has had without drafts, and how many it may."""
 
@@ -165,6 +172,9 @@ class Speculation:
         self._patience = PROBE_STEPS  # the last one that a sequence came to, where the next begins
         # By rows; a draft step's are the sequences that take part in it, on average over a step's.
         self._forwards, self._draft_steps = Times(), Times()
+        self._saved_s = 0.0  # time put aside for tries, less what drafts have lost
+        self._accepted = 0  # of the last step
+        self._quiet: tuple[list[Track], int] = ([], 0)  # the sequences that got no drafts, for how many more steps
 
     def track(self) -> Track:
         """For a new sequence."""
@@ -175,38 +185,80 @@ class Speculation:
         rooms = [min(room, self.limit) for room in rooms]
         if not self.adaptive:
             return rooms
-        wanted = [track.acceptance.estimates(room) for track, room in zip(tracks, rooms, strict=True)]
-        counts = choose(wanted, cache(partial(self._cost, len(tracks))))
-        if any(track.idle >= track.patience and not count for track, count in zip(tracks, counts, strict=True)):
+        counts = self._choice(tracks, rooms)
+        due = any(track.idle >= track.patience and not count for track, count in zip(tracks, counts, strict=True))
+        if due and self._saved_s >= 0:
             # Those that soon would do it too join in: the draft step is paid for once.
             ready = [2 * track.idle >= track.patience for track in tracks]
             counts = [count or min(ok, room) for count, ok, room in zip(counts, ready, rooms, strict=True)]
         return counts
 
+    def rests(self, tracks: Sequence[Track]) -> bool:
+        """Whether a step makes no drafts, as those before it, and no try is due: `counts` is not asked."""
+        quiet, steps = self._quiet
+        if not steps or quiet != tracks:
+            return False
+        if self._saved_s >= 0 and any(track.idle >= track.patience for track in tracks):
+            return False
+        self._quiet = quiet, steps - 1
+        return True
+
+    def _choice(self, tracks: Sequence[Track], rooms: Sequence[int]) -> list[int]:
+        """The counts that look best by what is known."""
+        reach = self._pool.reach()
+        wanted = [track.acceptance.estimates(min(room, reach)) for track, room in zip(tracks, rooms, strict=True)]
+        counts = choose(wanted, cache(partial(self._cost, len(tracks))))
+        self._quiet = list(tracks), 0 if any(counts) else QUIET_STEPS
+        return counts
+
+    def hopeful(self, track: Track) -> bool:
+        """Whether the MTP layer's cache of a sequence is worth its upkeep: it has just had drafts."""
+        return not self.adaptive or (track.idle < QUIET_STEPS and track.patience < MAX_PROBE_STEPS)
+
     def observe(self, tracks: Sequence[Track], drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """What a step has verified."""
+        self._accepted = sum(accepted)
+        if any(drafted):
+            self._quiet = ([], 0)
         for track, count, right in zip(tracks, drafted, accepted, strict=True):
+            if not count:
+                track.idle += 1
+                continue
             if right:
                 track.patience = self._patience = PROBE_STEPS
-            elif count and 2 * track.idle >= track.patience:
+            elif 2 * track.idle >= track.patience:
                 track.patience = self._patience = min(2 * track.patience, MAX_PROBE_STEPS)
-            track.idle = 0 if count else track.idle + 1
+            track.idle = 0
             self.counters.add(count, right)
             for known in (track.acceptance, self._pool):
                 known.observe(count, right)
 
-    def observe_times(self, rows: int, forward_s: float, drafts: int, depth: int, drafting_s: float | None) -> None:
-        """What a step without prompts took: its forward, and the draft steps, unless they had more to do than drafts.
+    def observe_times(
+        self, rows: int, forward_s: float, drafts: int, depth: int, drafting_s: float, caught_up: bool = True
+    ) -> None:
+        """What a step without prompts took, after `observe` of it: its forward, and the draft steps.
 
         depth  draft steps, the most drafts that a sequence got; `drafts` of all together
+        caught_up  the draft steps had no more to do than drafts
         """
+        self._saved_s += TRY_SHARE * forward_s
+        if not drafts and self._quiet[1] % 4:
+            self._saved_s = min(self._saved_s, 0.0)
+            return  # one of many like it: to note them all costs more than they tell
         self._forwards.add(rows, forward_s)
-        if depth and drafting_s is not None:
+        if depth and caught_up:
             self._draft_steps.add(round(drafts / depth), drafting_s / depth)
+        plain_s, tokens = self._forwards.at(rows - drafts), 1 + self._accepted / (rows - drafts)
+        if drafts:
+            self._saved_s -= forward_s + drafting_s - tokens * plain_s
+        # Nothing is saved up for later, and what learning has cost delays no try by more than the longest patience.
+        self._saved_s = min(max(self._saved_s, -TRY_SHARE * MAX_PROBE_STEPS * plain_s), 0.0)
 
     def _cost(self, sequences: int, rows: int, depth: int) -> float:
-        drafting_s = depth * self._draft_steps.at((rows - sequences) / depth) if depth else 0.0
-        return max(self._forwards.at(rows) + drafting_s, 1e-9)
+        if not depth:
+            return max(self._forwards.at(rows), 1e-9)
+        seconds = self._forwards.at(rows) + depth * self._draft_steps.at((rows - sequences) / depth)
+        return max(MARGIN * seconds, 1e-9)
 
 
 def check_drafts(num_speculative_tokens: int | str) -> None:

@@ -75,9 +75,11 @@ def plot_run(
     baselines: Mapping[str, float] | None = None,
     dense_tokens: int = 0,
     accepted: Sequence[float] = (),
+    decoding: Sequence[float] = (),
 ) -> Path:
     """Draw `log` into `png` (1400 x 900). `baselines`: name -> bits per byte. `dense_tokens`: where sparse attention
-    began. `accepted`: shares of places at which drafts 1 .. j of the MTP layer are accepted. Returns the path.
+    began. `accepted`: shares of places at which drafts 1 .. j of the MTP layer are accepted. `decoding`, with them:
+    tokens per second without drafts, with one, with an adapted number. Returns the path.
 
     Raises ConfigError when the log is missing or has no step yet, UnsupportedError without matplotlib.
     """
@@ -98,7 +100,7 @@ def plot_run(
     with rc_context(style):
         figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
-        _draw(figure, steps, heldout, title, dict(baselines or {}), dense_tokens, accepted)
+        _draw(figure, steps, heldout, title, dict(baselines or {}), dense_tokens, accepted, decoding)
         path = Path(png)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
@@ -139,6 +141,7 @@ def _draw(
     baselines: dict[str, float],
     dense_tokens: int = 0,
     accepted: Sequence[float] = (),
+    decoding: Sequence[float] = (),
 ) -> None:
     tokens = _column(steps, "tokens")
     unit, name = (1e9, "billion") if tokens[-1] >= 1e9 else (1e6, "million") if tokens[-1] >= 1e5 else (1e3, "thousand")
@@ -151,7 +154,7 @@ def _draw(
     panels = {key: figure.add_axes(place) for key, place in places.items()}
     bar = panels.pop("experts_bar")
     if accepted:
-        _drafts(panels.pop("drafts"), accepted)
+        _drafts(panels.pop("drafts"), accepted, decoding)
     _losses(panels["loss"], x, steps, heldout, unit)
     _bits_per_byte(panels["heldout"], heldout, unit, baselines)
     if has_kl:
@@ -344,18 +347,21 @@ def _speed(axes: Axes, x: np.ndarray, steps: list[dict]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def _drafts(axes: Axes, accepted: Sequence[float]) -> None:
-    """A bar per draft position; above them is room for a line on what that makes of the decoding speed."""
+def _drafts(axes: Axes, accepted: Sequence[float], decoding: Sequence[float]) -> None:
+    """A bar per draft position; above them what that makes of the decoding speed."""
     axes.set_title("Accepted drafts", loc="left", color=MTP)
     places = range(1, len(accepted) + 1)
     axes.bar(places, accepted, color=MTP, width=0.62)
     for place, share in zip(places, accepted, strict=True):
         axes.text(place, share + 0.015, f"{share:.0%}", ha="center", va="bottom", fontsize=9.5)
+    lines = [f"{1 + sum(accepted):.2f} tokens per forward"]
+    if decoding:
+        plain, one, auto = decoding
+        lines += ["decoding, tokens/s", f"{plain:,.0f} without drafts", f"{one:,.0f} with one", f"{auto:,.0f} adapted"]
     axes.text(
-        0.98, 0.97, f"{1 + sum(accepted):.2f} tokens per forward", transform=axes.transAxes, ha="right", va="top",
-        fontsize=9,
-    )  # fmt: skip
-    axes.set_ylim(0, 1.3)
+        0.98, 0.985, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=9, linespacing=1.15
+    )
+    axes.set_ylim(0, 1.5 if decoding else 1.3)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_xticks(places, [str(place) for place in places])
     axes.set_xlabel("draft (held-out text)")

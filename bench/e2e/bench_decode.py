@@ -1,0 +1,302 @@
+"""Tokens per second of decoding with the MTP layer's drafts, beside the bound of the bytes that its steps must read.
+
+    pytest bench/e2e/bench_decode.py [--decode-model RUN]            (OMP_NUM_THREADS sets the threads)
+
+Two models: the demo's, on held-out text with the drafts that it makes (RUN is what `glmx demo` left; without it a
+short one is trained, whose drafts are poor), and a glm4_moe of 240 M parameters and an MTP layer, random. Rows
+marked "synthetic" decide by a coin which drafts are right: the draft forwards run as ever, then each of their tokens is
+replaced, by the plain continuation with the given chance, else by another one.
+
+Numbers of drafts take turns, round by round, on the same prompts; the prompts' own forwards are not timed. What a step
+must read is counted in a pass before: every weight of the layers that ran, of the experts those to which its rows were
+routed, embeddings and lm_head, the keys and values attended to; the MTP layer's for each draft step. Those bytes at the
+machine's read bandwidth are the bound. "auto, new" begins without any experience in each round. With one thread time
+is the processor's, which does not count waiting for a core.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import torch
+
+import glmx
+from glmx import _native, runtime
+from glmx.layers.block import DecoderLayer
+from glmx.layers.moe import MoE
+from glmx.models.config import ModelConfig
+from glmx.models.decoder import Decoder
+from glmx.models.plan import cache_row
+from glmx.serve.engine import Engine, Request
+from glmx.serve.sampling import SamplingParams
+from glmx.serve.speculation import speculation
+from glmx.serve.text import TextStream
+
+LARGE = {
+    "model_type": "glm4_moe", "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 4,
+    "first_k_dense_replace": 1, "intermediate_size": 2816, "moe_intermediate_size": 512, "n_routed_experts": 32,
+    "num_experts_per_tok": 4, "n_shared_experts": 1, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 64, "max_position_embeddings": 4096, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
+PROMPT, ANSWER, ROUNDS = 96, 96, 5
+NUMBERS: tuple[int | str, ...] = (0, 1, 2, 3, "auto", "auto, new")
+Prompts = list[list[list[int]]]  # of each round, of each sequence: token ids
+
+
+def now() -> float:
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+class Bytes:
+    """What forwards of a model must read, added up while it is entered."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model, self.total = model, 0.0
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Bytes:
+        for index, layer in enumerate(self.model.model.layers):
+            self._hooks.append(layer.register_forward_hook(self._of_layer(index, layer)))
+            if isinstance(layer.mlp, MoE):
+                experts = layer.mlp.experts
+                one = sum(p.nbytes for p in experts.parameters()) / experts.gate_up_proj.shape[0]
+                self._hooks.append(layer.mlp.gate.register_forward_hook(self._of_experts(one)))
+        self._hooks.append(self.model.lm_head.register_forward_hook(self._of_head))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _of_layer(self, index: int, layer: DecoderLayer) -> Callable:
+        config, size = self.model.config, self.model.dtype.itemsize
+        weights = sum(p.nbytes for name, p in layer.named_parameters() if ".experts." not in name)
+        row = cache_row(config, index) * size
+        top_k = config.index_topk if config.model_type == "glm_moe_dsa" else None
+        keys = config.index_head_dim * size if top_k and config.has_indexer(index) else 0
+
+        def hook(_module: Any, args: tuple[Any, ...], _out: Any) -> None:
+            self.total += weights
+            for n in args[2].seq_lens:
+                self.total += n * row if top_k is None else n * keys + min(n, top_k) * (row - keys)
+            if index == 0:
+                self.total += args[0].residual_TH.nbytes
+
+        return hook
+
+    def _of_experts(self, one: float) -> Callable:
+        def hook(_module: Any, _args: Any, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+            self.total += one * len(out[1].unique())
+
+        return hook
+
+    def _of_head(self, module: Any, *_: Any) -> None:
+        self.total += module.weight.nbytes
+
+
+class Variant:
+    """An engine with a number of drafts; with a `chance`, drafts are right by a coin."""
+
+    def __init__(self, model: Decoder, batch: int, drafts: int | str, answer: int, chance: float | None) -> None:
+        self.model, self.drafts, self.answer, self.chance = model, drafts, answer, chance
+        self.engine = Engine(model, batch, PROMPT + answer + 1, clock=now)
+        self.plain: dict[tuple[int, ...], list[int]] = {}  # the answers without drafts, by prompt
+        self._renew()
+        if chance is not None:
+            self._made, self.engine._drafter.draft = self.engine._drafter.draft, self._replaced
+
+    def _renew(self) -> None:
+        kind = "auto" if self.drafts == "auto, new" else self.drafts
+        self.engine.speculation = speculation(kind, True)
+
+    def run(self, prompts: list[list[int]]) -> tuple[float, list[list[int]], int]:
+        """Seconds of the steps behind the prompts, the answers, and how many steps."""
+        if self.drafts == "auto, new":
+            self._renew()
+        params = SamplingParams(temperature=0, max_tokens=self.answer)
+        requests = [
+            Request(str(i), ids, params, 0, frozenset(), TextStream(None, params)) for i, ids in enumerate(prompts)
+        ]
+        for request in requests:
+            self.engine.add(request)
+        self.engine.step()
+        steps, begun = 0, now()
+        while self.engine.has_work:
+            self.engine.step()
+            steps += 1
+        seconds = now() - begun
+        for request in requests:
+            assert request.error is None, request.error
+        return seconds, [request.token_ids for request in requests], steps
+
+    def _replaced(self, requests: list[Request], counts: list[int], draw: Any) -> list[list[int]]:
+        drafts = self._made(requests, counts, draw)
+        for request, guesses in zip(requests, drafts, strict=True):
+            answer, done = self.plain[tuple(request.prompt_token_ids)], len(request.token_ids)
+            for j, guess in enumerate(guesses):
+                right = answer[done + j]
+                if random.Random(f"{request.num_tokens + j} {right}").random() < self.chance:
+                    guesses[j] = right
+                elif guess == right:
+                    guesses[j] = (guess + 1) % self.model.config.vocab_size
+        return drafts
+
+
+def measure(
+    benchmark: Any, record_row: Callable, name: str, model: Decoder, prompts: Prompts, answer: int, chance: float | None
+) -> None:
+    import roofline
+
+    B = len(prompts[0])
+    variants = {drafts: Variant(model, B, drafts, answer, chance) for drafts in NUMBERS}
+    bytes_, steps, right = dict.fromkeys(NUMBERS, 0.0), dict.fromkeys(NUMBERS, 0), {}
+    plain: dict[tuple[int, ...], list[int]] = {}
+    for group in prompts:
+        for drafts, variant in variants.items():
+            variant.plain = plain
+            with Bytes(model) as counted:
+                # What the prompts read is taken off again.
+                answers_of = counted_run(variant, group, counted)
+            bytes_[drafts] += counted.total
+            steps[drafts] += answers_of[1]
+            for ids, found in zip(group, answers_of[0], strict=True):
+                assert plain.setdefault(tuple(ids), found) == found, f"{drafts} drafts changed the text"
+    if benchmark.disabled:
+        return
+    for drafts, variant in variants.items():
+        if variant.engine.speculation is not None and drafts != "auto, new":
+            counters = variant.engine.speculation.counters
+            right[drafts] = counters.num_accepted_tokens / max(counters.num_draft_tokens, 1)
+    threads = torch.get_num_threads()
+    before = roofline.ceilings(threads)["read"]
+    times: dict[int | str, list[float]] = {drafts: [] for drafts in NUMBERS}
+
+    def turn() -> None:
+        r = len(times[0])
+        order = [NUMBERS[(r + i) % len(NUMBERS)] for i in range(len(NUMBERS))]
+        for drafts in order:
+            times[drafts].append(variants[drafts].run(prompts[r % len(prompts)])[0])
+
+    benchmark.pedantic(turn, rounds=len(prompts))
+    read = max(before, roofline.ceilings(threads)["read"])
+    kernel = runtime.kernel_of("grouped_gemm", "bf16" if model.dtype == torch.bfloat16 else "fp32")
+    assert kernel is not None
+    tokens = B * (answer - 1)
+    for drafts in NUMBERS:
+        seconds, bound = statistics.median(times[drafts]), bytes_[drafts] / len(prompts) / read / 1e9
+        others = {} if drafts == 0 else harness.median_ratios(times[drafts], {"no drafts": times[0]})
+        per_step = len(prompts) * tokens / B / steps[drafts]
+        note = f"{per_step:.2f} tokens a step, bound {tokens / bound:.0f} tok/s"
+        if drafts in right:
+            note += f", {right[drafts]:.0%} of drafts right"
+        record_row(
+            harness.Row(
+                name=f"{name}, batch {B}, drafts: {drafts}",
+                machine=_native.cpu_model(),
+                kernel=kernel["kernel"],
+                threads=threads,
+                rounds=len(prompts),
+                seconds=seconds * B / tokens,
+                rate=tokens / seconds,
+                unit="tok/s",
+                ceiling="byte bound",
+                share=bound / seconds,
+                ratio=others,
+                note=note,
+            )
+        )
+
+
+def counted_run(variant: Variant, group: list[list[int]], counted: Bytes) -> tuple[list[list[int]], int]:
+    """A run whose first step, the prompts', is not counted."""
+    step = variant.engine.step
+
+    def first() -> list[Request]:
+        done = step()
+        counted.total = 0.0
+        variant.engine.step = step
+        return done
+
+    variant.engine.step = first
+    _, answers, steps = variant.run(group)
+    return answers, steps
+
+
+@pytest.fixture(scope="module")
+def large() -> Callable[[bool], Decoder]:
+    made: dict[bool, Decoder] = {}
+
+    def make(small: bool) -> Decoder:
+        if small not in made:
+            made[small] = Decoder(ModelConfig.from_dict({**LARGE, **(TINY if small else {})}), torch.bfloat16).eval()
+            made[small].init_weights(0)
+        return made[small]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def demo(request: pytest.FixtureRequest) -> Path:
+    given = request.config.getoption("--decode-model")
+    if given is not None:
+        return Path(given)
+    out = harness.RESULTS.parent / "decode-demo"
+    command = [sys.executable, "-m", "glmx.cli.main", "demo", "--tokens", "40960", "--out", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return out / "run"
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_text(benchmark, record_row, request: pytest.FixtureRequest, batch: int) -> None:
+    """The demo's model on held-out text, with its own drafts."""
+    from glmx.data import corpus
+    from glmx.data.tokenizer import Tokenizer
+    from glmx.models.checkpoint import resolve
+
+    if benchmark.disabled:
+        pytest.skip("needs a trained model")
+    run = request.getfixturevalue("demo")
+    model, tokenizer = glmx.load(run), Tokenizer.from_dir(resolve(run))
+    texts = [ids for d in corpus.load().heldout if len(ids := tokenizer.encode(d.text[:4000])) >= 2 * PROMPT]
+    chosen = [ids[PROMPT : 2 * PROMPT] for ids in texts[: ROUNDS * batch]]
+    name = f"demo {model.config.model_type}, held-out text"
+    measure(benchmark, record_row, name, model, groups(chosen, batch), ANSWER, None)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_synthetic_demo(benchmark, record_row, batch: int, chance: float, request: pytest.FixtureRequest) -> None:
+    if benchmark.disabled:
+        pytest.skip("needs a trained model")
+    model = glmx.load(request.getfixturevalue("demo"))
+    name = f"demo {model.config.model_type}, synthetic {chance:.0%} right"
+    measure(benchmark, record_row, name, model, random_prompts(model, ROUNDS, batch), ANSWER, chance)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_synthetic_large(benchmark, record_row, large, batch: int, chance: float) -> None:
+    model = large(benchmark.disabled)
+    rounds, answer = (1, 6) if benchmark.disabled else (ROUNDS, ANSWER)
+    name = f"glm4_moe 240 M, synthetic {chance:.0%} right"
+    measure(benchmark, record_row, name, model, random_prompts(model, rounds, batch), answer, chance)
+
+
+def random_prompts(model: Decoder, rounds: int, batch: int) -> Prompts:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (rounds * batch, PROMPT), generator=draw)
+    return groups(ids.tolist(), batch)
+
+
+def groups(prompts: list[list[int]], batch: int) -> Prompts:
+    return [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
