@@ -4,8 +4,9 @@
 
 The peer is how servers sample on a CPU: softmax, one descending sort, the running sum for top-p, masks; where top-k
 alone is asked for, torch.topk in place of the sort; for greedy rows argmax. It draws by its running sum and one random
-number a row: torch.multinomial, which takes one for each token, is many times slower. Logits are such that the most likely tokens are as in text: the token of rank r has a probability of about 1 / r. `flat` rows are
-bell-shaped, so that tens of thousands of tokens share a nucleus. The bytes counted are those of the logits, read once.
+number a row: torch.multinomial, which takes one for each token, is many times slower. Logits are such that the most
+likely tokens are as in text: the token of rank r has a probability of about 1 / r. `flat` rows are bell-shaped, so that
+tens of thousands of tokens share a nucleus. The bytes counted are those of the logits, read once.
 """
 
 from __future__ import annotations
