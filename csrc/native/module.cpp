@@ -2,10 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "core/elementwise.h"
 #include "core/features.h"
 #include "core/parallel.h"
+#include "core/recording.h"
 
 namespace py = pybind11;
 
@@ -59,6 +64,49 @@ py::dict build_info() {
   return out;
 }
 
+template <class T>
+T* address(uintptr_t pointer) {
+  return reinterpret_cast<T*>(pointer);
+}
+
+glmx::DType model_dtype(bool bf16) { return bf16 ? glmx::DType::bf16 : glmx::DType::f32; }
+
+using Dims = std::array<int64_t, glmx::kCopyDims>;
+
+void copy(uintptr_t to, uintptr_t from, const Dims& sizes, const Dims& to_strides, const Dims& from_strides, int64_t bytes) {
+  glmx::CopyParams p{address<void>(from), address<void>(to), {}, {}, {}, bytes};
+  std::copy(sizes.begin(), sizes.end(), p.sizes);
+  std::copy(from_strides.begin(), from_strides.end(), p.from_strides);
+  std::copy(to_strides.begin(), to_strides.end(), p.to_strides);
+  glmx::run(glmx::copy_elements, p);
+}
+
+void gather(uintptr_t to, uintptr_t from, uintptr_t rows, int64_t n, int64_t from_rows, int64_t row_bytes) {
+  glmx::run(glmx::gather_rows, {address<void>(from), address<int64_t>(rows), address<void>(to), n, from_rows, row_bytes});
+}
+
+void add(uintptr_t out, uintptr_t a, uintptr_t b, int64_t n, bool bf16) {
+  glmx::run(glmx::add_elements, {address<void>(a), address<void>(b), address<void>(out), n, model_dtype(bf16)});
+}
+
+void scale(uintptr_t out, uintptr_t x, int64_t n, float factor) {
+  glmx::run(glmx::scale_elements, {address<float>(x), address<float>(out), n, factor});
+}
+
+// What python/glmx/models/recorder.py records with. Pointers are addresses of dense memory, or of memory with the given strides.
+void define_recording(py::module_& m) {
+  py::class_<glmx::Recording>(m, "Recording", "The op calls of one forward; `replay` makes them again.")
+      .def(py::init<>())
+      .def("begin", &glmx::Recording::begin, "This thread's op calls are kept from here to `end`.")
+      .def_static("end", &glmx::Recording::end)
+      .def("__len__", &glmx::Recording::size)
+      .def("replay", &glmx::Recording::replay, py::call_guard<py::gil_scoped_release>());
+  m.def("copy", copy);
+  m.def("gather", gather);
+  m.def("add", add);
+  m.def("scale", scale);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -73,4 +121,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", build_info);
   m.def("set_small_work", glmx::set_small_work, py::arg("nanoseconds"),
         "For tests: the work below which an op stays on the calling thread; returns the former value.");
+  define_recording(m);
 }

@@ -60,8 +60,15 @@ void check_rows(const char* op, const int32_t* row_token, int64_t used, int64_t 
 
 OpInfo grouped_gemm_info(DType operands) { return op_info("grouped_gemm", kGroupedGemmRevision, kForward, operands); }
 
-void grouped_gemm(const GroupedGemmParams& p) {
+void grouped_gemm(const GroupedGemmParams& given) {
   const char* op = "grouped_gemm";
+  GroupedGemmParams p = given;
+  const int32_t dense[2] = {0, static_cast<int32_t>(p.R)};
+  if (p.expert_offsets == nullptr) {
+    GLMX_CHECK(p.E == 1, op, ": expected expert_offsets for ", p.E, " experts: got none");
+    GLMX_CHECK(p.R < INT32_MAX, op, ": x: expected fewer than 2^31 - 1 rows: got ", p.R);
+    p.expert_offsets = dense;
+  }
   check_sizes(op, p.E, p.N, p.K);
   check_dtypes(op, p.dtype, p.out_dtype);
   GLMX_CHECK(!p.silu_mul || p.N % 2 == 0, op, ": expected an even w.shape[1] with silu_mul (gate rows, then up rows): got ", p.N);

@@ -17,7 +17,7 @@ void forward(Tensor y, Tensor residual_out, std::optional<Tensor> rstd, const Te
   p.residual_out = data(residual_out, "residual_out", p.dtype, {p.T, p.H});
   p.rstd = data_or_null<float>(rstd, "rstd", DType::f32, {p.T});
   p.eps = static_cast<float>(eps);
-  add_rms_norm(p);
+  run(add_rms_norm, p);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ void forward(Tensor out, std::optional<Tensor> lse, const Tensor& q, const Tenso
   p.out = data(out, "out", p.dtype, {T, p.A, kAny});
   p.lse = data_or_null<float>(lse, "lse", DType::f32, {T, p.A});
   p.sequences = sequences(cu_seqlens_q, seq_lens, cu_seqlens_k, block_table, T, k.size(0));
-  attention(p);
+  run(attention, p);
 }
 
 void backward(Tensor d_q, Tensor d_k, std::optional<Tensor> d_v, const Tensor& d_out, const Tensor& q, const Tensor& k,

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "core/check.h"
+#include "core/recording.h"
 #include "glmx/ops.h"
 
 namespace glmx::bind {

@@ -15,7 +15,7 @@ void append(Tensor cache, const Tensor& rows, const Tensor& slot_mapping, int64_
   p.cache_rows = cache.size(0);
   p.stride = cache.size(1);
   p.column = column;
-  cache_append(p);
+  run(cache_append, p);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ void forward(Tensor y, const Tensor& ids, const Tensor& weight) {
   p.ids = data_as<int64_t>(ids, "ids", DType::i64, {kAny});
   p.T = ids.size(0);
   p.y = data(y, "y", p.dtype, {p.T, p.H});
-  embedding(p);
+  run(embedding, p);
 }
 
 void backward(Tensor d_weight, const Tensor& ids, const Tensor& dy, bool accumulate) {

@@ -13,7 +13,7 @@ void plan(Tensor expert_offsets, Tensor row_token, Tensor inverse, const Tensor&
   p.expert_offsets = data_as<int32_t>(expert_offsets, "expert_offsets", DType::i32, {p.E + 1});
   p.row_token = data_as<int32_t>(row_token, "row_token", DType::i32, {p.T * p.K});
   p.inverse = data_as<int32_t>(inverse, "inverse", DType::i32, {p.T, p.K});
-  expert_plan(p);
+  run(expert_plan, p);
 }
 
 }  // namespace

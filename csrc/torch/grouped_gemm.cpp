@@ -19,7 +19,6 @@ void forward(Tensor out, std::optional<Tensor> preact, const Tensor& x, const Te
     p.R = row_token->size(0);
   }
   // Without offsets all rows belong to one expert: w is [N, K], bias [N].
-  const int32_t dense[2] = {0, static_cast<int32_t>(p.R)};
   if (expert_offsets.has_value()) {
     p.w = data(w, "w", p.dtype, {kAny, kAny, p.K});
     p.E = w.size(0);
@@ -27,16 +26,14 @@ void forward(Tensor out, std::optional<Tensor> preact, const Tensor& x, const Te
     p.expert_offsets = data_as<int32_t>(*expert_offsets, "expert_offsets", DType::i32, {p.E + 1});
     p.bias = data_or_null<void>(bias, "bias", p.dtype, {p.E, p.N});
   } else {
-    GLMX_CHECK(p.R < INT32_MAX, "x: expected fewer than 2^31 - 1 rows: got ", p.R);
     p.w = data(w, "w", p.dtype, {kAny, p.K});
     p.E = 1;
     p.N = w.size(0);
-    p.expert_offsets = dense;
     p.bias = data_or_null<void>(bias, "bias", p.dtype, {p.N});
   }
   p.out = data(out, "out", p.out_dtype, {p.R, silu_mul ? p.N / 2 : p.N});
   p.preact = data_or_null<void>(preact, "preact", p.dtype, {p.R, p.N});
-  grouped_gemm(p);
+  run(grouped_gemm, p);
 }
 
 void dgrad(Tensor dx, const Tensor& dy, const Tensor& w, const Tensor& expert_offsets) {

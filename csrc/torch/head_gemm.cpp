@@ -25,7 +25,7 @@ void forward(Tensor y, const Tensor& x, const Tensor& w, bool transposed) {
   p.x_token = x.stride(0), p.x_head = x.stride(1);
   p.w_head = w.stride(0), p.w_row = w.stride(1);
   p.y_token = y.stride(0), p.y_head = y.stride(1);
-  head_gemm(p);
+  run(head_gemm, p);
 }
 
 void wgrad(Tensor dw, const Tensor& dy, const Tensor& x, bool accumulate) {

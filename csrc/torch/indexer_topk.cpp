@@ -17,7 +17,7 @@ void forward(Tensor topk_indices, const Tensor& q, const Tensor& weights, const 
   p.topk_indices = data_as<int32_t>(topk_indices, "topk_indices", DType::i32, {T, kAny});
   p.top_k = topk_indices.size(1);
   p.sequences = sequences(cu_seqlens_q, seq_lens, cu_seqlens_k, block_table, T, k.size(0));
-  indexer_topk(p);
+  run(indexer_topk, p);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ void forward(Tensor y, std::optional<Tensor> mean, std::optional<Tensor> rstd, c
   p.mean = data_or_null<float>(mean, "mean", DType::f32, {p.T});
   p.rstd = data_or_null<float>(rstd, "rstd", DType::f32, {p.T});
   p.eps = static_cast<float>(eps);
-  layer_norm(p);
+  run(layer_norm, p);
 }
 
 void backward(Tensor dx, Tensor d_weight, Tensor d_bias, const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,

@@ -15,7 +15,7 @@ void forward(Tensor out, const Tensor& rows, std::optional<Tensor> topk_weights,
   p.K = inverse.size(1);
   p.topk_weights = data_or_null<float>(topk_weights, "topk_weights", DType::f32, {p.T, p.K});
   p.out = data(out, "out", p.dtype, {p.T, p.H});
-  moe_combine(p);
+  run(moe_combine, p);
 }
 
 void backward(Tensor d_rows, std::optional<Tensor> d_topk_weights, const Tensor& d_out, const Tensor& rows,

@@ -23,7 +23,7 @@ void forward(Tensor tokens, Tensor accepted, Tensor packed_ids, Tensor packed_of
   p.rules = sample_rules(p.B * (p.K + 1), seeds, positions, temperature, top_k, top_p, min_p, token_ids, history, repetition_penalty,
                          presence_penalty, frequency_penalty, bias_ids, bias_values, bias_spans);
   p.mode = static_cast<VerifyMode>(mode);
-  mtp_verify(p);
+  run(mtp_verify, p);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ void forward(Tensor y, std::optional<Tensor> rstd, const Tensor& x, const Tensor
   p.y = data(y, "y", p.dtype, {p.T, p.H});
   p.rstd = data_or_null<float>(rstd, "rstd", DType::f32, {p.T});
   p.eps = static_cast<float>(eps);
-  rms_norm(p);
+  run(rms_norm, p);
 }
 
 void backward(Tensor dx, Tensor d_weight, const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, bool accumulate) {

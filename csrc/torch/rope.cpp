@@ -12,7 +12,7 @@ void cos_sin(Tensor cos, Tensor sin, const Tensor& positions, double theta) {
   p.half = cos.size(1);
   p.sin = data_as<float>(sin, "sin", DType::f32, {p.T, p.half});
   p.theta = theta;
-  rope_cos_sin(p);
+  run(rope_cos_sin, p);
 }
 
 void rotate(Tensor y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
@@ -28,7 +28,7 @@ void rotate(Tensor y, const Tensor& x, const Tensor& cos, const Tensor& sin, boo
   p.y = data(y, "y", p.dtype, {p.T, p.A, p.D});
   p.interleaved = interleaved;
   p.inverse = inverse;
-  rope(p);
+  run(rope, p);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ void forward(Tensor topk_weights, Tensor topk_ids, Tensor expert_counts, std::op
   p.topk_group = topk_group;
   p.norm_topk_prob = norm_topk_prob;
   p.routed_scaling_factor = static_cast<float>(routed_scaling_factor);
-  route_topk(p);
+  run(route_topk, p);
 }
 
 void backward(Tensor d_logits, std::optional<Tensor> d_topk_weights, std::optional<Tensor> d_scores, const Tensor& logits,

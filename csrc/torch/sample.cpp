@@ -16,7 +16,7 @@ void forward(Tensor ids, const Tensor& logits, const Tensor& seeds, const Tensor
   p.rules = sample_rules(p.R, seeds, positions, temperature, top_k, top_p, min_p, token_ids, history, repetition_penalty, presence_penalty,
                          frequency_penalty, bias_ids, bias_values, bias_spans);
   p.draw = draw;
-  sample(p);
+  run(sample, p);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ void forward(Tensor y, const Tensor& x) {
   p.I = x.size(1) / 2;
   GLMX_CHECK(x.size(1) % 2 == 0, "x: expected an even number of columns (gate, then up): got shape ", shape_of(x));
   p.y = data(y, "y", p.dtype, {p.T, p.I});
-  silu_mul(p);
+  run(silu_mul, p);
 }
 
 void backward(Tensor dx, const Tensor& dy, const Tensor& x) {

@@ -26,7 +26,7 @@ void forward(Tensor out, std::optional<Tensor> lse, const Tensor& q, const Tenso
   p.out = data(out, "out", p.dtype, {q.size(0), p.A, kAny});
   p.lse = data_or_null<float>(lse, "lse", DType::f32, {q.size(0), p.A});
   p.sequences = sequences(cu_seqlens_q, seq_lens, cu_seqlens_k, block_table, q.size(0), kv.size(0));
-  sparse_mla(p);
+  run(sparse_mla, p);
 }
 
 void backward(Tensor d_q, Tensor d_kv, const Tensor& d_out, const Tensor& q, const Tensor& kv, const Tensor& topk_indices,

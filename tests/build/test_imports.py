@@ -17,7 +17,7 @@ ALLOWED = {
     "rl": {"train", "serve", "data", "models", "layers", "ops", "runtime"},
     "serve": {"data", "models", "layers", "ops", "runtime"},
     "eval": {"serve", "data", "models", "layers", "ops"},
-    "models": {"layers", "ops", "jsonfile"},
+    "models": {"layers", "ops", "runtime", "jsonfile"},
     "layers": {"ops"},
     "ops": {"runtime"},
     "runtime": {"_native"},

@@ -85,7 +85,7 @@ struct GroupedGemmParams {
   const void* x;                  // [M, K] dtype
   const void* w;                  // [E, N, K] dtype
   const void* bias;               // [E, N] dtype, or null
-  const int32_t* expert_offsets;  // [E + 1], ascending, offsets[0] == 0, offsets[E] <= R
+  const int32_t* expert_offsets;  // [E + 1], ascending, offsets[0] == 0, offsets[E] <= R; or null with E == 1: all rows are its
   const int32_t* row_token;       // [R] in [0, M), or null (then R == M); entries past offsets[E] are not read
   void* out;                      // [R, N] out_dtype, or [R, N/2] with silu_mul
   void* preact;                   // [R, N] dtype, or null; only with silu_mul

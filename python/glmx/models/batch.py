@@ -30,11 +30,13 @@ class Batch:
     cu_seqlens_q  [S+1], starts at 0, ascending; its last entry is the number of rows.
     seq_lens      [S] total lengths, cached tokens included; None: nothing is cached (training).
     seq_ids       [S] the sequences' slots in a ModelState; None without one. No slot occurs twice.
+    bounds        cu_seqlens_q and seq_lens as int32 tensors, where their contents are to count and not the lists'
     """
 
     cu_seqlens_q: Sequence[int]
     seq_lens: Sequence[int] | None = None
     seq_ids: Sequence[int] | None = None
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         cu = list(self.cu_seqlens_q)
@@ -90,5 +92,7 @@ class Batch:
 
     @cached_property
     def _bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.bounds is not None:
+            return self.bounds
         lengths = self.q_lens if self.seq_lens is None else self.seq_lens
         return torch.tensor(self.cu_seqlens_q, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)

@@ -118,14 +118,21 @@ class Decoder(nn.Module):
             router.stats = None
         for dsa in self._sparse_layers():
             dsa.kl = None
+        hidden_TH = self.trunk(ids_T, positions_T, batch, state)
+        if state is not None:
+            state.commit(batch, state.lengths)
+        return hidden_TH
+
+    def trunk(
+        self, ids_T: torch.Tensor, positions_T: torch.Tensor, batch: Batch, state: ModelState | None
+    ) -> torch.Tensor:
+        """What forward_tokens computes, of tensors alone: the state's rows are taken and counted by others."""
         cos_sin = self._cos_sin(positions_T)
         stream = Stream(self.model.embed_tokens(ids_T))
         for index in range(self.config.num_hidden_layers):
             layer_state = None if state is None else state.layers[index]
             stream = self.model.layers[index](stream, cos_sin, batch, layer_state)
         hidden_TH, _ = stream.norm(self.model.norm)
-        if state is not None:
-            state.commit(batch, state.lengths)
         return hidden_TH
 
     def mtp_step(
@@ -146,16 +153,28 @@ class Decoder(nn.Module):
         count the MTP layer's tokens (state.mtp_lengths). A `selection` of an earlier step is attended to as it
         is (config.index_share_for_mtp_iteration); index keys are written all the same.
         """
-        layer = self.mtp_layer
         self._check_rows(batch, hidden_TH=hidden_TH, next_ids_T=next_ids_T, positions_T=positions_T)
         if state is not None:
             state.begin(batch, state.mtp_lengths)
-        embedding_TH = self.model.embed_tokens(next_ids_T)
-        layer_state = None if state is None else state.layers[self.config.num_hidden_layers]
-        z = layer.predict(embedding_TH, hidden_TH, self._cos_sin(positions_T + 1), batch, layer_state, selection)
+        step = self.mtp_trunk(hidden_TH, next_ids_T, positions_T + 1, batch, state, selection)
         if state is not None:
             state.commit(batch, state.mtp_lengths)
-        return MTPStep(*z)
+        return step
+
+    def mtp_trunk(
+        self,
+        hidden_TH: torch.Tensor,
+        next_ids_T: torch.Tensor,
+        next_positions_T: torch.Tensor,
+        batch: Batch,
+        state: ModelState | None,
+        selection: Selection | None,
+    ) -> MTPStep:
+        """What mtp_step computes, of tensors alone."""
+        embedding_TH = self.model.embed_tokens(next_ids_T)
+        layer_state = None if state is None else state.layers[self.config.num_hidden_layers]
+        cos_sin = self._cos_sin(next_positions_T)
+        return MTPStep(*self.mtp_layer.predict(embedding_TH, hidden_TH, cos_sin, batch, layer_state, selection))
 
     def mtp_hidden(
         self,

@@ -134,32 +134,42 @@ class ModelState:
         self._taken[seq] = False
 
     def begin(self, batch: Batch, lengths: list[int]) -> None:
-        """Checks a forward's batch against `lengths` (self.lengths or self.mtp_lengths), takes its slots and pages.
+        """Checks a forward's batch against `lengths` (self.lengths or self.mtp_lengths), takes its slots and pages."""
+        if batch.seq_ids is None or batch.seq_lens is None:
+            raise ValueError("a forward with a state needs a batch with seq_ids and seq_lens")
+        slots, tables = self.take(batch.seq_ids, batch.cached_lens, batch.seq_lens, lengths)
+        width = max(map(len, tables), default=0)
+        padded = [table + [0] * (width - len(table)) for table in tables]
+        table = torch.tensor(padded, dtype=torch.int32).view(len(tables), width)
+        self.place(torch.tensor(slots, dtype=torch.int64), table)
+
+    def place(self, slot_mapping: torch.Tensor, block_table: torch.Tensor) -> None:
+        """Tells the layers where the rows of the next forward go (see Placement)."""
+        self._placement.slot_mapping, self._placement.block_table = slot_mapping, block_table
+
+    def take(
+        self, seqs: Sequence[int], starts: Sequence[int], totals: Sequence[int], lengths: list[int]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Slots and pages for the tokens [start, total) of each sequence -> the row of each, and the sequences' pages.
 
         A forward that fails leaves the pages it took with their sequences, for the next one.
         """
-        if batch.seq_ids is None or batch.seq_lens is None:
-            raise ValueError("a forward with a state needs a batch with seq_ids and seq_lens")
-        for seq, cached, total in zip(batch.seq_ids, batch.cached_lens, batch.seq_lens, strict=True):
+        for seq, cached, total in zip(seqs, starts, totals, strict=True):
             if not 0 <= seq < self.num_sequences:
                 raise ValueError(f"sequence {seq} is not one of the state's {self.num_sequences}")
             if cached != lengths[seq]:
                 raise ValueError(f"sequence {seq} holds {lengths[seq]} tokens, the batch says {cached}")
             if total > self.max_tokens:
                 raise ValueError(f"sequence {seq} would have {total} tokens, the state holds {self.max_tokens}")
-        for seq in batch.seq_ids:
-            self._taken[seq] = True
         slots: list[int] = []
-        for seq, cached, total in zip(batch.seq_ids, batch.cached_lens, batch.seq_lens, strict=True):
+        for seq, cached, total in zip(seqs, starts, totals, strict=True):
+            self._taken[seq] = True
             changes = self.pages.prepare(seq, cached, total)
-            for layer in self.layers:
-                layer.change(changes)
+            if changes.fresh or changes.copies:
+                for layer in self.layers:
+                    layer.change(changes)
             slots += self.pages.slots(seq, cached, total)
-        self._placement.slot_mapping = torch.tensor(slots, dtype=torch.int64)
-        tables = [self.pages.tables[seq] for seq in batch.seq_ids]
-        width = max(map(len, tables), default=0)
-        padded = [table + [0] * (width - len(table)) for table in tables]
-        self._placement.block_table = torch.tensor(padded, dtype=torch.int32).view(len(tables), width)
+        return slots, [self.pages.tables[seq] for seq in seqs]
 
     def commit(self, batch: Batch, lengths: list[int]) -> None:
         """Counts the tokens that a finished forward has appended."""

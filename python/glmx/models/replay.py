@@ -1,0 +1,211 @@
+"""Replay: the small forwards of serving, each shape recorded once and from then on run by one native call.
+
+A decode step is some hundred op calls over a few rows. On a small model Python and torch take several times as long
+for them as the kernels do. Here a forward's shape is (rows, sequences, width of the block table); all that changes
+from step to step, ids, positions, pages, lengths, also which rows belong to which sequence, is the contents of tensors
+that a recording reads. So one recording serves every step of its shape (glmx.models.recorder says how), and computes
+the same bits, since it makes the same calls.
+
+A shape is recorded when it comes for the second time. What cannot be recorded is logged once and computed as ever.
+Recordings are dropped when a weight moves, and not used while the model trains or somebody watches it by hooks.
+
+Legend: T rows, B sequences, W blocks of a sequence, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+
+from glmx.layers.dsa import DSA, Selection
+from glmx.models.batch import Batch
+from glmx.models.decoder import Decoder
+from glmx.models.pages import PAGE
+from glmx.models.recorder import Pool, Recorded, RefusedError, record
+from glmx.models.state import ModelState
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 64  # 16 sequences with 3 drafts each. Wider forwards take so long that their calls do not matter
+MAX_RECORDINGS = 64
+MAX_BYTES = 256 << 20  # of what recordings compute into; logits are most of it. The oldest go first
+
+Key = tuple[Any, ...]
+Compute = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], Any]
+
+
+class Drafted(NamedTuple):
+    """A draft step's last row of each sequence: hidden [B, H], logits fp32 [B, V], and its lists [B, k] or None."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    topk_indices: torch.Tensor | None
+
+
+class _Inputs:
+    """Tensors at fixed addresses, and the means to fill them fast."""
+
+    def __init__(self, longs: list[int], ints: list[int], tensors: Sequence[torch.Tensor]) -> None:
+        self._longs, self._ints = array("q", longs), array("i", ints)
+        self.longs = torch.frombuffer(self._longs, dtype=torch.int64)
+        self.ints = torch.frombuffer(self._ints, dtype=torch.int32)
+        self.tensors = [tensor.clone() for tensor in tensors]
+
+    def fill(self, longs: list[int], ints: list[int], tensors: Sequence[torch.Tensor]) -> None:
+        self._longs[:] = array("q", longs)
+        self._ints[:] = array("i", ints)
+        for mine, given in zip(self.tensors, tensors, strict=True):
+            mine.copy_(given)
+
+
+class Replay:
+    """Forwards of `model` over `state`. Results lie in memory that the next call of the same shape writes again.
+
+    `enabled` false: nothing is recorded, and results are the same. `replays` counts the calls that were replayed.
+    """
+
+    def __init__(self, model: Decoder, state: ModelState, enabled: bool = True) -> None:
+        self.model, self.state, self.enabled = model, state, enabled
+        self.replays = 0
+        self._pool = Pool()
+        self._recorded: OrderedDict[Key, tuple[_Inputs, Recorded]] = OrderedDict()
+        self._seen: OrderedDict[Key, bool] = OrderedDict()  # shapes that came once; True: refused
+        modules = list(model.modules())
+        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        self._weights = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
+        self._addresses = self._current_addresses()
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._sparse = [module for module in modules if isinstance(module, DSA)]
+
+    @property
+    def nbytes(self) -> int:
+        """What recordings keep for themselves."""
+        return self._pool.nbytes
+
+    def forward(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next tokens of each slot: hidden [T, H] and logits fp32 [T, V] of every row. Appends to the state."""
+        model, state = self.model, self.state
+
+        def compute(ids_T: torch.Tensor, positions_T: torch.Tensor, batch: Batch, *_: Any) -> Any:
+            hidden_TH = model.trunk(ids_T, positions_T, batch, state)
+            return hidden_TH, model.logits(hidden_TH)
+
+        return self._step("decoder", slots, new, state.lengths, 0, (), compute)
+
+    def draft(
+        self,
+        slots: Sequence[int],
+        hidden_TH: torch.Tensor,
+        next_ids: Sequence[Sequence[int]],
+        selection: Selection | None = None,
+    ) -> Drafted:
+        """One MTP step (Decoder.mtp_step) over the rows of each slot, and what follows its last row."""
+        model, state = self.model, self.state
+        lists = selection.topk_indices if selection is not None else None
+        tensors = (hidden_TH,) if lists is None else (hidden_TH, lists)
+
+        def compute(ids_T, positions_T, batch: Batch, last_B, hidden_TH, lists_Tk=None) -> Any:
+            given = None if lists_Tk is None else Selection(lists_Tk)
+            out = model.mtp_trunk(hidden_TH, ids_T, positions_T, batch, state, given)
+            z_BH = out.hidden[last_B]
+            found = out.selection.topk_indices if out.selection is not None and given is None else None
+            return Drafted(z_BH, model.logits(z_BH), None if found is None else found[last_B])
+
+        # The layer rotates by the place of the token that it embeds.
+        return self._step("mtp", slots, next_ids, state.mtp_lengths, 1, tensors, compute)
+
+    def _step(
+        self,
+        kind: str,
+        slots: Sequence[int],
+        new: Sequence[Sequence[int]],
+        lengths: list[int],
+        shift: int,
+        tensors: Sequence[torch.Tensor],
+        compute: Callable[..., Any],
+    ) -> Any:
+        starts = [lengths[slot] for slot in slots]
+        ends = list(accumulate(map(len, new)))
+        totals = [start + len(ids) for start, ids in zip(starts, new, strict=True)]
+        rows, tables = self.state.take(slots, starts, totals, lengths)
+        B, T = len(slots), ends[-1]
+        # A power of two, so that few shapes serve any length. Lists of keys are as wide as the sequences may be long.
+        W = min(1 << (max(map(len, tables)) - 1).bit_length(), self.state.pages.per_sequence)
+        longs = [i for ids in new for i in ids]
+        for start, total in zip(starts, totals, strict=True):
+            longs += range(start + shift, total + shift)
+        longs += rows
+        longs += [end - 1 for end in ends]
+        ints = [0, *ends, *totals]
+        for table in tables:
+            ints += table
+            ints += [0] * (W - len(table))
+
+        def call(longs: torch.Tensor, ints: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Any:
+            ids_T, positions_T, slots_T, last_B = longs.split([T, T, T, B])
+            cu_seqlens_q, seq_lens, table = ints.split([B + 1, B, B * W])
+            self.state.place(slots_T, table.view(B, W))
+            batch = Batch([0, *ends], [W * PAGE] * B, slots, (cu_seqlens_q, seq_lens))
+            return compute(ids_T, positions_T, batch, last_B, *tensors)
+
+        key = (kind, T, B, W, *(tensor.shape for tensor in tensors))
+        result = self._run(key, T, longs, ints, tensors, call)
+        for slot, total in zip(slots, totals, strict=True):
+            lengths[slot] = total
+        return result
+
+    def _run(
+        self, key: Key, rows: int, longs: list[int], ints: list[int], tensors: Sequence[torch.Tensor], call: Compute
+    ) -> Any:
+        usable = rows <= MAX_ROWS and self._usable()
+        if usable and key in self._recorded:
+            self._recorded.move_to_end(key)
+            inputs, recorded = self._recorded[key]
+            inputs.fill(longs, ints, tensors)
+            recorded.replay()
+            self.replays += 1
+            return recorded.result
+        if usable and self._seen.get(key) is False:
+            return self._record(key, _Inputs(longs, ints, tensors), call)
+        if usable:
+            self._seen.setdefault(key, False)
+            while len(self._seen) > 16 * MAX_RECORDINGS:
+                self._seen.popitem(last=False)
+        return call(torch.tensor(longs), torch.tensor(ints, dtype=torch.int32), tensors)
+
+    def _record(self, key: Key, inputs: _Inputs, call: Compute) -> Any:
+        try:
+            recorded = record(lambda: call(inputs.longs, inputs.ints, inputs.tensors), self._pool)
+        except RefusedError as refused:
+            self._seen[key] = True
+            log.warning("forwards of %s are not recorded: %s", key[:4], refused)
+            return refused.result
+        self._recorded[key] = inputs, recorded
+        while len(self._recorded) > 1 and (len(self._recorded) > MAX_RECORDINGS or self.nbytes > MAX_BYTES):
+            self._recorded.popitem(last=False)
+            self._pool.trim()
+        log.info("recorded %s of %d rows, %d sequences, %d blocks: %d calls", *key[:4], recorded.size)
+        return recorded.result
+
+    def _usable(self) -> bool:
+        """Whether recordings hold, and show all that somebody wants to see of a forward."""
+        if not self.enabled or self.model.training or any(self._hooks):
+            return False
+        if any(dsa.observer is not None for dsa in self._sparse):
+            return False
+        if (addresses := self._current_addresses()) != self._addresses:
+            log.info("weights have moved: %d recordings are dropped", len(self._recorded))
+            self._addresses = addresses
+            self._recorded.clear()
+            self._seen.clear()
+            self._pool.trim()
+        return True
+
+    def _current_addresses(self) -> list[int]:
+        return [table[name].data_ptr() for table, name in self._weights]
