@@ -129,14 +129,15 @@ def test_what_is_not_kept_up_begins_anew(open_llm, plain, monkeypatch):
         whim.hopeful = lambda track: False
         llm, starts = open_llm(case, whim), []
         widths = []
-        step = llm.model.mtp_step
+        llm.engine.replay.enabled = False  # every step is to be seen
+        step = llm.model.mtp_trunk
 
         def recorded(rows, *args, step=step, widths=widths, llm=llm, starts=starts):
             widths.append(len(rows))
             starts.extend(request.mtp_start for request in llm.engine.running)
             return step(rows, *args)
 
-        monkeypatch.setattr(llm.model, "mtp_step", recorded)
+        monkeypatch.setattr(llm.model, "mtp_trunk", recorded)
         asked, each = prompts(llm, [30, 5, 60]), [params(max_tokens=40, temperature=0.3, seed=s) for s in range(3)]
         assert outputs(llm, asked, each) == outputs(plain[case], asked, each)
         assert max(starts) >= 56 and max(widths) <= 3 * (8 + 4), "prompts are taken in"
@@ -220,8 +221,9 @@ def test_drafts_are_those_of_a_forward_over_everything(open_llm, case, held, mon
     monkeypatch.setattr(engine_module, "MAX_HELD", held)
     whim = Whim(3, seed=held)
     llm, reference = open_llm(case, whim, share=0.5, max_num_batched_tokens=9), open_llm(case, share=0.5)
+    llm.engine.replay.enabled = False
     widths, made = [], []
-    for name in ("forward_tokens", "mtp_step"):
+    for name in ("trunk", "mtp_trunk"):
         function = getattr(llm.model, name)
 
         def recorded(rows, *args, function=function):
@@ -340,10 +342,11 @@ def snapshot(engine):
     )
 
 
-@pytest.mark.parametrize("where", ["mtp_step", "forward_tokens", "logits", "sample", "mtp_verify", "lm_head_logprob"])
+@pytest.mark.parametrize("where", ["mtp_trunk", "trunk", "logits", "sample", "mtp_verify", "lm_head_logprob"])
 def test_a_step_that_fails_leaves_everything_as_it_was(open_llm, plain, where, monkeypatch):
     """Steps are done again and again, each time failing one call later, until they succeed."""
     llm = open_llm(speculation=Speculation(3), max_num_batched_tokens=80)
+    llm.engine.replay.enabled = False
     asked, each = prompts(llm, [5, 70, 3]), params(logprobs=1, max_tokens=40)
     requests = [llm.make_request(prompt, each) for prompt in asked]
     for request in requests:
@@ -372,7 +375,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(open_llm, plain, where, m
                 assert snapshot(llm.engine) == before
     # Prompts make no drafts, and the MTP layer takes the long one's rows in; then there are three drafts a step.
     expected = {
-        "mtp_step": [1, *[3] * 5],
+        "mtp_trunk": [1, *[3] * 5],
         "logits": [1, *[4] * 5],
         "sample": [1, *[3] * 5],
         "mtp_verify": [0, *[1] * 5],
@@ -383,15 +386,16 @@ def test_a_step_that_fails_leaves_everything_as_it_was(open_llm, plain, where, m
     assert [r.token_ids for r in requests] == [out.token_ids for out in outputs(plain[FAMILIES[0]], asked, each)]
 
 
-@pytest.mark.parametrize("where", ["mtp_step", "forward_tokens", "sample"])
+@pytest.mark.parametrize("where", ["mtp_trunk", "trunk", "sample"])
 def test_a_batch_that_fails_is_done_one_by_one(open_llm, plain, where, monkeypatch):
     """Whatever several sequences do together fails: each alone gives what it would have given."""
     llm = open_llm(speculation=Speculation(3))
+    llm.engine.replay.enabled = False
     owner = engine_module if where == "sample" else llm.model
     function, failed = getattr(owner, where), []
 
     def alone_only(*args, **kwargs):
-        several = len(set(kwargs["seeds"])) if where == "sample" else len(args[3 if where == "mtp_step" else 2].q_lens)
+        several = len(kwargs["seeds"]) if where == "sample" else len(args[3 if where == "mtp_trunk" else 2].q_lens)
         if several > 1:
             failed.append(several)
             raise RuntimeError("out of memory")
@@ -477,3 +481,46 @@ def test_generate_command(directory, plain, capsys):
     for value in ("0", "3", "auto"):
         argv = ["generate", str(path), "--prompt", "def add(", "--max-tokens", "12", "--num-speculative-tokens", value]
         assert cli.main(argv) == 0 and capsys.readouterr().out == f"def add({expected.text}\n"
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_recorded_steps_change_no_result(open_llm, plain, case):
+    """Engines with and without recordings: texts, log-probs and how drafts did, of ragged batches."""
+    found, whims, asked = [], [], prompts(plain[case], [5, 70, 9, 64, 1, 33])
+    each = [params(seed=s, temperature=0.5 * (s % 2), logprobs=2, max_tokens=60) for s in range(len(asked))]
+    for enabled in (True, False):
+        whims.append(Whim(3, seed=2))
+        llm = open_llm(case, whims[-1])
+        llm.engine.replay.enabled = enabled
+        found.append(outputs(llm, asked, each))
+        assert (llm.engine.replay.replays > 100) == enabled and is_empty(llm.engine)
+    assert found[0] == found[1] == outputs(plain[case], asked, each) and whims[0].steps == whims[1].steps
+
+
+@pytest.mark.parametrize("kind", ["decoder", "mtp"])
+def test_a_replay_that_fails_leaves_everything_as_it_was(open_llm, plain, kind, monkeypatch):
+    """Steps that replay are done twice: the first time the replay stops behind its last call."""
+    llm = open_llm(speculation=Speculation(2))
+    asked, each = prompts(llm, [5, 70, 3]), params(max_tokens=40)
+    requests = [llm.make_request(prompt, each) for prompt in asked]
+    for request in requests:
+        llm.engine.add(request)
+    for _ in range(6):
+        llm.engine.step()
+    failures = 0
+    for _ in range(8):
+        before, recordings = snapshot(llm.engine), llm.engine.replay._recorded
+        with monkeypatch.context() as patch, torch.no_grad():
+            for key, (_, recorded) in recordings.items():
+                if key[0] == kind:
+                    replay = recorded.replay
+                    patch.setattr(recorded, "replay", lambda replay=replay: (replay(), 1 / 0))
+            try:
+                llm.engine._advance(llm.engine.running)
+            except ZeroDivisionError:
+                failures += 1
+                assert snapshot(llm.engine) == before
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert failures == 8
+    assert [r.token_ids for r in requests] == [out.token_ids for out in outputs(plain[FAMILIES[0]], asked, each)]

@@ -63,13 +63,14 @@ def test_pieces_of_a_prompt_change_nothing(case, tmp_path, monkeypatch):
     """No forward exceeds max_num_batched_tokens, and prompts that do are completed as the plain loop does."""
     checkpoint.save(random_model(tiny_config(**CASES[case]), 1), tmp_path / "ckpt")
     llm = glmx.LLM(tmp_path / "ckpt", max_num_seqs=3, max_num_batched_tokens=8)
-    widths, forward = [], llm.model.forward_tokens
+    llm.engine.replay.enabled = False  # every forward is to be seen
+    widths, forward = [], llm.model.trunk
 
     def recorded(ids_T, *args):
         widths.append(len(ids_T))
         return forward(ids_T, *args)
 
-    monkeypatch.setattr(llm.model, "forward_tokens", recorded)
+    monkeypatch.setattr(llm.model, "trunk", recorded)
     asked = [random_ids(llm.model.config, 1, n, seed=n)[0].tolist() for n in (3, 29, 8, 16, 1)]
     outs = llm.generate(asked, glmx.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
     monkeypatch.undo()

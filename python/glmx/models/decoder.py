@@ -171,10 +171,11 @@ class Decoder(nn.Module):
         selection: Selection | None,
     ) -> MTPStep:
         """What mtp_step computes, of tensors alone."""
+        layer = self.mtp_layer
         embedding_TH = self.model.embed_tokens(next_ids_T)
         layer_state = None if state is None else state.layers[self.config.num_hidden_layers]
         cos_sin = self._cos_sin(next_positions_T)
-        return MTPStep(*self.mtp_layer.predict(embedding_TH, hidden_TH, cos_sin, batch, layer_state, selection))
+        return MTPStep(*layer.predict(embedding_TH, hidden_TH, cos_sin, batch, layer_state, selection))
 
     def mtp_hidden(
         self,

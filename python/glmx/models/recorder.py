@@ -6,11 +6,13 @@ become loops of csrc/core/elementwise.h. Views cost nothing. Anything else is re
 the same addresses, so its bits are the same.
 
 Memory: what the function allocates comes from a `Pool` that recordings share. A block is free again when the last
-tensor in it is gone, so later layers, and other recordings, use it once more; only the results are kept.
+tensor in it is gone, so later layers, and other recordings, use it once more; only the results stay as they are. A
+recording keeps the blocks that its calls write to.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,42 +28,41 @@ Result = Any  # a tensor, or tuples of tensors and None
 
 
 class Pool:
-    """Blocks of memory that are used again as soon as no tensor lies in them."""
+    """Blocks of memory that are used again as soon as no tensor lies in them; they exist as long as somebody keeps them."""
 
     def __init__(self) -> None:
-        self._blocks: list[torch.Tensor] = []
+        self._blocks: list[weakref.ref[torch.Tensor]] = []
+
+    @property
+    def blocks(self) -> list[torch.Tensor]:
+        found = [block() for block in self._blocks]
+        return [block for block in found if block is not None]
 
     @property
     def nbytes(self) -> int:
-        return sum(block.nbytes for block in self._blocks)
+        return sum(block.nbytes for block in self.blocks)
 
-    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A dense tensor of the shape and dtype, in the smallest free block that holds it."""
-        size = max(-(-tensor.nbytes // ALIGN) * ALIGN, ALIGN)
-        fits = [block for block in self._blocks if block.nbytes >= size and _is_free(block)]
-        if not fits:
-            fits = [torch.empty(size, dtype=torch.uint8)]
-            self._blocks += fits
-        block = min(fits, key=lambda block: block.nbytes)
-        return block[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-
-    def trim(self) -> None:
-        """Gives the free blocks back."""
-        self._blocks = [block for block in self._blocks if not _is_free(block)]
+    def take(self, size: int) -> torch.Tensor:
+        """The smallest free block of at least `size` bytes, or a new one."""
+        fits = [block for block in self.blocks if block.nbytes >= size and is_free(block)]
+        if fits:
+            return min(fits, key=lambda block: block.nbytes)
+        new = torch.empty(max(-(-size // ALIGN), 1) * ALIGN, dtype=torch.uint8)
+        self._blocks = [weakref.ref(block) for block in [*self.blocks, new]]
+        return new
 
 
-def _is_free(block: torch.Tensor) -> bool:
+def is_free(block: torch.Tensor) -> bool:
     """Whether no tensor but the block itself has its storage; the storage's own Python object counts too."""
     return torch._C._storage_Use_Count(block.untyped_storage()._cdata) <= 2
 
 
 class Recorded:
-    """`replay()` computes `result` again, out of what the inputs hold by then."""
+    """`replay()` computes `result` again, out of what the inputs hold by then; `size` is its number of calls."""
 
-    def __init__(self, calls: Any, result: Result) -> None:
+    def __init__(self, calls: Any, result: Result, blocks: Sequence[torch.Tensor]) -> None:
         self.replay: Callable[[], None] = calls.replay
-        self.size = len(calls)
-        self.result = result
+        self.size, self.result, self._blocks = len(calls), result, blocks
 
 
 class RefusedError(RuntimeError):
@@ -87,7 +88,7 @@ def record(compute: Callable[[], Result], pool: Pool) -> Recorded:
         mode.refused = f"{mode.expected} ops were called, {len(calls)} of them can be recorded"
     if mode.refused is not None:
         raise RefusedError(mode.refused, result)
-    return Recorded(calls, result)
+    return Recorded(calls, result, list(mode.blocks.values()))
 
 
 class _Recorder(TorchDispatchMode):
@@ -96,7 +97,12 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, pool: Pool) -> None:
         super().__init__()
         self.pool, self.expected = pool, 0
+        self.blocks: dict[int, torch.Tensor] = {}  # by their addresses
         self.refused: str | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # true would import torch._dynamo, which takes half a second, at the first recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -104,9 +110,9 @@ class _Recorder(TorchDispatchMode):
         if namespace == "glmx":
             self.expected += 1
         elif name in _ALLOCATIONS:
-            out = self.pool.empty_like(out)
+            out = self._empty_like(out)
         elif name in _LOOPS:
-            twin = self.pool.empty_like(out)
+            twin = self._empty_like(out)
             loops = _LOOPS[name](twin, *args) if name == "clone" or not kwargs else 0
             self.expected += loops
             if not loops:
@@ -115,6 +121,11 @@ class _Recorder(TorchDispatchMode):
         elif not (func.is_view or name == "_unsafe_view") or name == "lift_fresh":
             self._refuse(f"aten::{name} is neither a view nor one of the recorder's loops")
         return out
+
+    def _empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        block = self.pool.take(tensor.nbytes)
+        self.blocks[block.data_ptr()] = block
+        return block[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _refuse(self, reason: str) -> None:
         self.refused = self.refused or reason

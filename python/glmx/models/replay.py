@@ -77,8 +77,9 @@ class Replay:
         self._recorded: OrderedDict[Key, tuple[_Inputs, Recorded]] = OrderedDict()
         self._seen: OrderedDict[Key, bool] = OrderedDict()  # shapes that came once; True: refused
         modules = list(model.modules())
-        tables = [table for module in modules for table in (module._parameters, module._buffers)]
-        self._weights = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
+        places = [(table, name) for module in modules for table in (module._parameters, module._buffers) for name in table]
+        places = [(table, name) for table, name in places if table[name] is not None]
+        self._tables, self._names = [table for table, _ in places], [name for _, name in places]
         self._addresses = self._current_addresses()
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._sparse = [module for module in modules if isinstance(module, DSA)]
@@ -103,12 +104,14 @@ class Replay:
         slots: Sequence[int],
         hidden_TH: torch.Tensor,
         next_ids: Sequence[Sequence[int]],
-        selection: Selection | None = None,
+        lists_Tk: torch.Tensor | None = None,
     ) -> Drafted:
-        """One MTP step (Decoder.mtp_step) over the rows of each slot, and what follows its last row."""
+        """One MTP step (Decoder.mtp_step) over the rows of each slot, and what follows its last row.
+
+        `lists` int32 [T, k] of an earlier draft step are attended to as they are.
+        """
         model, state = self.model, self.state
-        lists = selection.topk_indices if selection is not None else None
-        tensors = (hidden_TH,) if lists is None else (hidden_TH, lists)
+        tensors = (hidden_TH,) if lists_Tk is None else (hidden_TH, lists_Tk)
 
         def compute(ids_T, positions_T, batch: Batch, last_B, hidden_TH, lists_Tk=None) -> Any:
             given = None if lists_Tk is None else Selection(lists_Tk)
@@ -119,6 +122,14 @@ class Replay:
 
         # The layer rotates by the place of the token that it embeds.
         return self._step("mtp", slots, next_ids, state.mtp_lengths, 1, tensors, compute)
+
+    def prime(self, slot: int, hidden_TH: torch.Tensor, next_ids: Sequence[int]) -> None:
+        """One MTP step for what it leaves in the cache alone."""
+
+        def compute(ids_T, positions_T, batch: Batch, last_B, hidden_TH) -> None:
+            self.model.mtp_trunk(hidden_TH, ids_T, positions_T, batch, self.state, None)
+
+        self._step("prime", [slot], [next_ids], self.state.mtp_lengths, 1, (hidden_TH,), compute)
 
     def _step(
         self,
@@ -189,7 +200,6 @@ class Replay:
         self._recorded[key] = inputs, recorded
         while len(self._recorded) > 1 and (len(self._recorded) > MAX_RECORDINGS or self.nbytes > MAX_BYTES):
             self._recorded.popitem(last=False)
-            self._pool.trim()
         log.info("recorded %s of %d rows, %d sequences, %d blocks: %d calls", *key[:4], recorded.size)
         return recorded.result
 
@@ -204,8 +214,8 @@ class Replay:
             self._addresses = addresses
             self._recorded.clear()
             self._seen.clear()
-            self._pool.trim()
         return True
 
     def _current_addresses(self) -> list[int]:
-        return [table[name].data_ptr() for table, name in self._weights]
+        # Maps of C functions: this is done before every step, for hundreds of weights.
+        return list(map(torch.Tensor.data_ptr, map(dict.__getitem__, self._tables, self._names)))

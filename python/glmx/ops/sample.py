@@ -100,6 +100,8 @@ def _lead(logits: Tensor) -> torch.Size:
 
 def per_row(value: Any, name: str, lead: torch.Size, dtype: torch.dtype, *width: int) -> Tensor:
     """The values of every row, flat. Integers are not made from fractions, and 0 is not made from small numbers."""
+    if isinstance(value, Tensor) and value.dtype is dtype and value.shape == (*lead, *width):
+        return value.reshape(lead.numel(), *width).contiguous()
     floating = dtype.is_floating_point
     try:
         if isinstance(value, int) or (isinstance(value, float) and floating):

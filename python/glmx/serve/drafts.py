@@ -15,15 +15,11 @@ Legend: T rows, B sequences, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
-from glmx.layers.dsa import Selection
-from glmx.models.batch import Batch
-from glmx.models.decoder import Decoder, MTPStep
-from glmx.models.state import ModelState
+from glmx.models.replay import Replay
 
 if TYPE_CHECKING:
     from glmx.serve.engine import Request
@@ -32,17 +28,17 @@ Draw = Callable[[torch.Tensor, Sequence["Request"], Sequence[Sequence[int]]], li
 
 
 class Drafter:
-    """The MTP layer of `model` on the sequences of `state`; no forward of it exceeds `max_rows` rows."""
+    """The MTP layer of `replay`'s model on the sequences of its state; no forward of it exceeds `max_rows` rows."""
 
-    def __init__(self, model: Decoder, state: ModelState, max_rows: int) -> None:
-        self.model, self.state, self.max_rows = model, state, max_rows
-        self._shares_keys = model.config.index_share_for_mtp_iteration
+    def __init__(self, replay: Replay, max_rows: int) -> None:
+        self.replay, self.state, self.max_rows = replay, replay.state, max_rows
+        self._shares_keys = replay.model.config.index_share_for_mtp_iteration
 
     def prime(self, slot: int, hidden_TH: torch.Tensor, next_ids: Sequence[int]) -> None:
         """Appends the entries of T tokens, each with the id of the token behind it."""
         for start in range(0, len(next_ids), self.max_rows):
             piece = slice(start, start + self.max_rows)
-            self._append([slot], [hidden_TH[piece]], [next_ids[piece]])
+            self.replay.prime(slot, hidden_TH[piece], next_ids[piece])
 
     def draft(self, requests: Sequence[Request], counts: Sequence[int], draw: Draw) -> list[list[int]]:
         """`counts` drafts for each request; those with some have taken in what they held.
@@ -64,52 +60,23 @@ class Drafter:
             self.prime(request.slot, request.held[:head], known[:head])
             hidden.append(request.held[head:])
             next_ids.append(known[head:])
-        ends = list(accumulate(map(len, next_ids)))
-        rows = torch.tensor(ends, device=self.model.device) - 1
-        out = self._append([requests[i].slot for i in active], hidden, next_ids)
-        z_BH, selection = out.hidden[rows], self._kept(out.selection, rows)
+        slots = [requests[i].slot for i in active]
+        out = self.replay.draft(slots, torch.cat(hidden), next_ids)
+        lists_Bk = out.topk_indices if self._shares_keys else None
         depth = 0
         while True:
-            ids = draw(self.model.logits(z_BH), [requests[i] for i in active], [drafts[i] for i in active])
+            ids = draw(out.logits, [requests[i] for i in active], [drafts[i] for i in active])
             for i, token in zip(active, ids, strict=True):
                 drafts[i].append(token)
             depth += 1
             on = [b for b, i in enumerate(active) if counts[i] > depth]
             if not on:
                 break
-            rows = torch.tensor(on, device=self.model.device)
-            active = [active[b] for b in on]
-            slots = [requests[i].slot for i in active]
-            selection = self._kept(selection, rows)
-            z_BH = self._append(slots, z_BH[rows].split(1), [[ids[b]] for b in on], selection).hidden
+            active, slots = [active[b] for b in on], [slots[b] for b in on]
+            rows = torch.tensor(on, device=out.hidden.device)
+            lists_Bk = None if lists_Bk is None else lists_Bk[rows]
+            out = self.replay.draft(slots, out.hidden[rows], [[ids[b]] for b in on], lists_Bk)
         for request, count in zip(requests, counts, strict=True):
             if count:
                 self.state.truncate_mtp(request.slot, self.state.lengths[request.slot] - request.mtp_start)
         return drafts
-
-    def _kept(self, selection: Selection | None, rows: torch.Tensor) -> Selection | None:
-        """The first draft's keys for the later ones, where the config shares them."""
-        if not self._shares_keys or selection is None or selection.topk_indices is None:
-            return None
-        return Selection(selection.topk_indices[rows])
-
-    def _append(
-        self,
-        slots: Sequence[int],
-        hidden: Sequence[torch.Tensor],
-        next_ids: Sequence[Sequence[int]],
-        selection: Selection | None = None,
-    ) -> MTPStep:
-        starts = [self.state.mtp_lengths[slot] for slot in slots]
-        totals = [start + len(ids) for start, ids in zip(starts, next_ids, strict=True)]
-        batch = Batch(Batch.from_lengths([len(ids) for ids in next_ids]).cu_seqlens_q, totals, slots)
-        positions = [p for start, total in zip(starts, totals, strict=True) for p in range(start, total)]
-        device = self.model.device
-        return self.model.mtp_step(
-            torch.cat(list(hidden)),
-            torch.tensor([i for ids in next_ids for i in ids], device=device),
-            torch.tensor(positions, device=device),
-            batch,
-            self.state,
-            selection,
-        )

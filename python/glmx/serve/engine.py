@@ -25,6 +25,7 @@ import torch
 from glmx import ops
 from glmx.models.batch import Batch
 from glmx.models.decoder import Decoder
+from glmx.models.replay import Replay
 from glmx.ops import mtp_verify, sample
 from glmx.serve.drafts import Drafter
 from glmx.serve.rules import sampling_rules, verification_rules
@@ -100,7 +101,8 @@ class Engine:
 
     `max_num_batched_tokens` bounds a forward: prompts wait while others fill it, and one that is longer is computed in
     pieces, which changes no bits. So memory does not grow with a prompt, but for its cache (glmx.models.plan).
-    `speculation` says how many drafts are made, None: none ever; `clock` (seconds) tells it what steps cost.
+    `speculation` says how many drafts are made, None: none ever; `clock` (seconds) tells it what steps cost. `replay`:
+    whether steps without prompts are recorded (glmx.models.replay); it changes no results.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Engine:
         max_num_batched_tokens: int = 8192,
         speculation: Speculation | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        replay: bool = True,
     ) -> None:
         self.model = model
         self.max_model_len = max_model_len
@@ -118,7 +121,8 @@ class Engine:
         self.state = model.new_state(max_num_seqs, max_model_len)
         self.speculation = speculation
         self.clock = clock
-        self._drafter = Drafter(model, self.state, max_num_batched_tokens)
+        self.replay = Replay(model, self.state, replay)
+        self._drafter = Drafter(self.replay, max_num_batched_tokens)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         # The one thread that may add requests and step; None: whoever calls.
@@ -215,16 +219,10 @@ class Engine:
             times.append(self.clock())
             cached = [self.state.lengths[slot] for slot in slots]
             known = [request.tokens_from(start) for request, start in zip(batch, cached, strict=True)]
-            new = [ids + guesses for ids, guesses in zip(known, drafts, strict=True)]
-            hidden = self._append_tokens(slots, new).split(list(map(len, new)))
-            gained, logprobs = self._verify(batch, drafts, hidden)
-            held = []
-            for request, tokens, guesses, rows_TH in zip(batch, gained, drafts, hidden, strict=True):
-                wrong = 1 + len(guesses) - len(tokens)
-                if wrong:
-                    self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
-                    rows_TH = rows_TH[:-wrong]
-                held.append(self._hold(request, tokens, rows_TH, bool(guesses)))
+            hidden_TH, rows_RH, logits_RV = self._forward(slots, known, drafts)
+            gained = self._verify(batch, drafts, logits_RV)
+            logprobs = self._logprobs(batch, gained, rows_RH, logits_RV)
+            held = self._settle(batch, known, drafts, gained, hidden_TH)
             times.append(self.clock())
         except BaseException:
             for slot, (length, mtp_length) in zip(slots, lengths, strict=True):
@@ -266,32 +264,64 @@ class Engine:
         left = self.max_model_len - request.num_tokens
         return min(request.params.max_tokens - len(request.token_ids), left)
 
-    def _verify(
-        self, batch: Sequence[Request], drafts: Sequence[Sequence[int]], hidden: Sequence[torch.Tensor]
-    ) -> tuple[list[list[int]], list[list[dict[int, Logprob] | None]]]:
-        """The tokens that each request gains, and their log-probs: one, and one more for each draft that was right.
+    def _forward(
+        self, slots: Sequence[int], known: Sequence[list[int]], drafts: Sequence[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One forward over what each cache lacks, and over drafts: hidden [T, H].
 
-        hidden [T, H] of each request; its last 1 + len(drafts) rows are the last known token's and the drafts'.
+        With them [B * (K + 1), H] and logits of each request's last known token and its drafts, K the most drafts.
         """
-        K = max(map(len, drafts))
-        places, starts = [], list(accumulate(map(len, hidden), initial=0))
-        for guesses, end in zip(drafts, starts[1:], strict=True):
-            known = end - len(guesses) - 1
-            places += [min(known + j, end - 1) for j in range(K + 1)]  # behind fewer drafts than K, rows nobody reads
-        rows_RH = torch.cat(list(hidden))[torch.tensor(places, device=self.model.device)]
-        logits_RV = self.model.logits(rows_RH)
-        if K == 0:
-            gained = [[token] for token in self._draw(logits_RV, batch, drafts)]
+        new = [ids + guesses for ids, guesses in zip(known, drafts, strict=True)]
+        decodes = sum(map(len, known)) == len(slots)  # no prompts, of whose rows few need logits
+        if decodes:
+            hidden_TH, logits_TV = self.replay.forward(slots, new)
+            if len(set(map(len, drafts))) == 1:
+                return hidden_TH, hidden_TH, logits_TV
         else:
-            ids_BK = torch.tensor([[*guesses, *[-1] * (K - len(guesses))] for guesses in drafts])
-            rules = verification_rules(batch, drafts)
-            out = mtp_verify(ids_BK, logits_RV.view(len(batch), K + 1, -1), **rules)
-            gained = [ids[: n + 1] for ids, n in zip(out.tokens.tolist(), out.accepted.tolist(), strict=True)]
-        return gained, self._logprobs(batch, gained, rows_RH, logits_RV)
+            hidden_TH = self._append_tokens(slots, new)
+        K, places = max(map(len, drafts)), []
+        for guesses, end in zip(drafts, accumulate(map(len, new)), strict=True):
+            last = end - len(guesses) - 1
+            places += [min(last + j, end - 1) for j in range(K + 1)]  # behind fewer drafts than K, rows nobody reads
+        rows = torch.tensor(places, device=self.model.device)
+        rows_RH = hidden_TH[rows]
+        return hidden_TH, rows_RH, logits_TV[rows] if decodes else self.model.logits(rows_RH)
+
+    def _verify(
+        self, batch: Sequence[Request], drafts: Sequence[Sequence[int]], logits_RV: torch.Tensor
+    ) -> list[list[int]]:
+        """The tokens that each request gains: one, and one more for each draft that was right."""
+        K = max(map(len, drafts))
+        if K == 0:
+            return [[token] for token in self._draw(logits_RV, batch, drafts)]
+        ids_BK = torch.tensor([[*guesses, *[-1] * (K - len(guesses))] for guesses in drafts])
+        rules = verification_rules(batch, drafts)
+        out = mtp_verify(ids_BK, logits_RV.view(len(batch), K + 1, -1), **rules)
+        return [ids[: n + 1] for ids, n in zip(out.tokens.tolist(), out.accepted.tolist(), strict=True)]
 
     def _draw(self, logits_BV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Sequence[int]]) -> list[int]:
         """The token behind the drafts of each request, by its parameters and by its place in the sequence."""
         return sample(logits_BV, **sampling_rules(batch, drafts)).tolist()
+
+    def _settle(
+        self,
+        batch: Sequence[Request],
+        known: Sequence[list[int]],
+        drafts: Sequence[list[int]],
+        gained: Sequence[list[int]],
+        hidden_TH: torch.Tensor,
+    ) -> Sequence[torch.Tensor | None]:
+        """Takes wrong drafts back; returns what each request holds for the MTP layer."""
+        if self.speculation is None:
+            return [None] * len(batch)
+        held, ends = [], accumulate(len(ids) + len(guesses) for ids, guesses in zip(known, drafts, strict=True))
+        for request, ids, guesses, tokens, end in zip(batch, known, drafts, gained, ends, strict=True):
+            wrong = 1 + len(guesses) - len(tokens)
+            if wrong:
+                self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
+            first = end - len(guesses) - len(ids)
+            held.append(self._hold(request, tokens, hidden_TH[first : end - wrong], bool(guesses)))
+        return held
 
     def _hold(
         self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor, drafted: bool
@@ -302,7 +332,7 @@ class Engine:
         assert self.speculation is not None and request.track is not None
         hopeful = drafted or self.speculation.hopeful(request.track)
         if not hopeful and request.track.idle + KEPT < request.track.patience:
-            return rows_TH[-1:] if len(rows_TH) > 1 else rows_TH  # no try is near
+            return rows_TH[-1:].clone()  # no try is near
         start = request.mtp_start + self.state.mtp_lengths[request.slot]
         missing = self.state.lengths[request.slot] - start - len(rows_TH)
         held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])

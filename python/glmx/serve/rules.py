@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,37 +14,52 @@ if TYPE_CHECKING:
 
 def sampling_rules(batch: Sequence[Request], drafts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """For the token behind the drafts of each request: rows [B] of `sample`."""
-    rules = _rules(batch, drafts, [[len(ids)] for ids in drafts])
-    rules["positions"] = [place + len(ids) for place, ids in zip(rules["positions"], drafts, strict=True)]
-    return {name: _first(value) for name, value in rules.items()}
+    rules = _rules(batch, drafts, [[len(ids)] for ids in drafts], None)
+    rules["positions"] = torch.tensor([request.num_tokens + len(ids) for request, ids in zip(batch, drafts, strict=True)])
+    return rules
 
 
 def verification_rules(batch: Sequence[Request], drafts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """For each draft of each request and the token behind them: rows [B, K+1] of `mtp_verify`, K the most drafts."""
     K = max(map(len, drafts))
-    return _rules(batch, drafts, [[min(j, len(ids)) for j in range(K + 1)] for ids in drafts])
+    rules = _rules(batch, drafts, [[min(j, len(ids)) for j in range(K + 1)] for ids in drafts], K + 1)
+    rules["positions"] = torch.tensor([request.num_tokens for request in batch])
+    return rules
 
 
-def _first(value: Any) -> Any:
-    return value[:, 0] if isinstance(value, torch.Tensor) and value.dim() > 1 else value
+@lru_cache(maxsize=256)
+def _cutoffs(rows: tuple[tuple[int, float, int, float, float], ...], width: int | None) -> dict[str, torch.Tensor]:
+    """What holds for as long as the same requests run: seeds [B], and cutoffs [B] or [B, width]."""
+    seeds, *columns = zip(*rows, strict=True)
+    out = {"seeds": torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds])}  # 64 bits of it, signed
+    names = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+    for (name, dtype), values in zip(names.items(), columns, strict=True):
+        out[name] = _spread(torch.tensor(values, dtype=dtype), width)
+    return out
 
 
-def _rules(batch: Sequence[Request], drafts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Rows [B, n]: row j of request b has seen[b][j] of its drafts behind it. Seeds and positions are [B].
+def _spread(values_B: torch.Tensor, width: int | None) -> torch.Tensor:
+    return values_B if width is None else values_B[:, None].expand(-1, width).contiguous()
+
+
+def _rules(
+    batch: Sequence[Request], drafts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]], width: int | None
+) -> dict[str, Any]:
+    """Rows [B, width], or [B] with None: row j of request b has seen[b][j] of its drafts behind it.
 
     Histories and biases are there only where a request asks for them.
     """
     params = [request.params for request in batch]
-    rules: dict[str, Any] = {
-        "seeds": [(request.seed + 2**63) % 2**64 - 2**63 for request in batch],  # 64 bits of it, signed
-        "positions": [request.num_tokens for request in batch],
-    }
-    each: dict[str, list[float]] = {
-        "temperature": [p.temperature for p in params],
-        "top_k": [min(max(p.top_k, 0), 2**31) for p in params],
-        "top_p": [max(p.top_p, 1e-30) for p in params],  # what fp32 can hold: one token all the same
-        "min_p": [p.min_p for p in params],
-    }
+    rules: dict[str, Any] = dict(
+        _cutoffs(
+            tuple(
+                # top_p: what fp32 can hold is one token all the same
+                (r.seed, p.temperature, min(max(p.top_k, 0), 2**31), max(p.top_p, 1e-30), p.min_p)
+                for r, p in zip(batch, params, strict=True)
+            ),
+            width,
+        )
+    )
     if any(p.penalised for p in params):
         token_ids: list[int] = []
         history = []
@@ -55,17 +71,20 @@ def _rules(batch: Sequence[Request], drafts: Sequence[Sequence[int]], seen: Sequ
                 history.append([(begin, first, end + count) for count in counts])
             else:
                 history.append([(begin, begin, begin)] * len(counts))
-        rules |= {"token_ids": torch.tensor(token_ids), "history": torch.tensor(history)}
+        spans = torch.tensor(history)
+        rules |= {"token_ids": torch.tensor(token_ids), "history": spans[:, 0] if width is None else spans}
         for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-            each[name] = [getattr(p, name) for p in params]
+            values = torch.tensor([getattr(p, name) for p in params], dtype=torch.float32)
+            rules[name] = _spread(values, width)
     if any(p.logit_bias for p in params):
         bias: list[tuple[int, float]] = []
-        spans = []
+        bounds = []
         for p in params:
             begin = len(bias)
             bias += (p.logit_bias or {}).items()
-            spans.append((begin, len(bias)))
+            bounds.append((begin, len(bias)))
         tokens, values = zip(*bias, strict=True)
         rules |= {"bias_ids": torch.tensor(tokens), "bias_values": torch.tensor(values, dtype=torch.float32)}
-        rules["bias_spans"] = torch.tensor(spans)[:, None]
-    return rules | {name: torch.tensor(values)[:, None] for name, values in each.items()}
+        spans = torch.tensor(bounds)
+        rules["bias_spans"] = spans if width is None else spans[:, None]
+    return rules
