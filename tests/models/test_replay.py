@@ -113,7 +113,7 @@ def test_the_bits_are_those_of_plain_forwards(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*FAMILIES, "dsa"])
 def test_drafts_are_those_of_plain_mtp_steps(case, dtype):
-    """Rows of several tokens for each sequence, then steps of one that are given the first one's keys, then taken back."""
+    """Rows of several tokens for each sequence, then steps of one, with the first one's keys, which are taken back."""
     model, draw = random_model(tiny_config(**CASES[case]), 2, dtype), random.Random(case)
     pair = Pair(model)
     slots = [pair.both(lambda s: s.allocate()) for _ in range(3)]
@@ -128,7 +128,7 @@ def test_drafts_are_those_of_plain_mtp_steps(case, dtype):
         for _ in range(2):
             hidden, _ = pair.draft(slots, hidden, [[draw.randrange(model.config.vocab_size)] for _ in slots], lists)
         for s in slots:
-            pair.both(lambda state, s=s: state.truncate_mtp(s, before[s]))
+            pair.both(lambda state, s=s, length=before[s]: state.truncate_mtp(s, length))
     assert pair.replay.replays > 80
 
 

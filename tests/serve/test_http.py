@@ -411,7 +411,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(directory, llm):
     try:
         with connect(running) as own, connect(running) as other, httpx.Client(base_url=running.url) as plain:
             assert plain.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
-            ask = {**ASK, "prompt": "x", "max_tokens": 200}
+            ask = {**ASK, "prompt": "x", "max_tokens": 2000}
             stream = iter(own.completions.create(stream=True, **ask))
             text = next(stream).choices[0].text
             running.process.send_signal(signal.SIGTERM)
@@ -422,7 +422,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(directory, llm):
             status, body = refused(error)
             assert status == 503 and body["code"] == "shutting_down"
             text += "".join(chunk.choices[0].text for chunk in stream)
-        assert text == llm.generate("x", params(max_tokens=200))[0].outputs[0].text
+        assert text == llm.generate("x", params(max_tokens=2000))[0].outputs[0].text
         assert running.process.wait(60) == 0
         assert "SIGTERM: finishing 1 request" in running.output()
     finally:

@@ -28,7 +28,7 @@ Result = Any  # a tensor, or tuples of tensors and None
 
 
 class Pool:
-    """Blocks of memory that are used again as soon as no tensor lies in them; they exist as long as somebody keeps them."""
+    """Blocks of memory, used again as soon as no tensor lies in them. They live as long as somebody keeps them."""
 
     def __init__(self) -> None:
         self._blocks: list[weakref.ref[torch.Tensor]] = []
@@ -163,9 +163,7 @@ def _index(out: torch.Tensor, source: torch.Tensor, indices: Sequence[torch.Tens
     if not simple or rows is None or not (source.is_contiguous() and rows.is_contiguous()):
         return 0
     row_bytes = source[0].nbytes
-    runtime.native().gather(
-        out.data_ptr(), source.data_ptr(), rows.data_ptr(), len(rows), source.shape[0], row_bytes
-    )
+    runtime.native().gather(out.data_ptr(), source.data_ptr(), rows.data_ptr(), len(rows), source.shape[0], row_bytes)
     return 1
 
 

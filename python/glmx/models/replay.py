@@ -19,6 +19,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class _Inputs:
 
 
 class Replay:
-    """Forwards of `model` over `state`. Results lie in memory that the next call of the same shape writes again.
+    """Forwards of `model` over `state`. Results lie in memory that the next call writes again, whichever it is.
 
     `enabled` false: nothing is recorded, and results are the same. `replays` counts the calls that were replayed.
     """
@@ -77,9 +78,13 @@ class Replay:
         self._recorded: OrderedDict[Key, tuple[_Inputs, Recorded]] = OrderedDict()
         self._seen: OrderedDict[Key, bool] = OrderedDict()  # shapes that came once; True: refused
         modules = list(model.modules())
-        places = [(table, name) for module in modules for table in (module._parameters, module._buffers) for name in table]
-        places = [(table, name) for table, name in places if table[name] is not None]
-        self._tables, self._names = [table for table, _ in places], [name for _, name in places]
+        self._tables: list[dict[str, Any]] = []  # where the modules keep their tensors, once for each name
+        self._names: list[str] = []
+        for module in modules:
+            for table in (module._parameters, module._buffers):
+                names = [name for name, tensor in table.items() if tensor is not None]
+                self._names += names
+                self._tables += [table] * len(names)
         self._addresses = self._current_addresses()
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._sparse = [module for module in modules if isinstance(module, DSA)]
@@ -218,4 +223,4 @@ class Replay:
 
     def _current_addresses(self) -> list[int]:
         # Maps of C functions: this is done before every step, for hundreds of weights.
-        return list(map(torch.Tensor.data_ptr, map(dict.__getitem__, self._tables, self._names)))
+        return list(map(torch.Tensor.data_ptr, map(getitem, self._tables, self._names)))

@@ -100,13 +100,21 @@ def _lead(logits: Tensor) -> torch.Size:
 
 def per_row(value: Any, name: str, lead: torch.Size, dtype: torch.dtype, *width: int) -> Tensor:
     """The values of every row, flat. Integers are not made from fractions, and 0 is not made from small numbers."""
-    if isinstance(value, Tensor) and value.dtype is dtype and value.shape == (*lead, *width):
-        return value.reshape(lead.numel(), *width).contiguous()
+    tensor = value if isinstance(value, Tensor) and value.dtype is dtype else _converted(value, name, dtype)
+    try:
+        spread = tensor.broadcast_to((*lead, *width))
+    except RuntimeError:
+        want = [*lead, *width]
+        raise ValueError(f"{name}: expected a shape that broadcasts to {want}: got {list(tensor.shape)}") from None
+    return spread.reshape(lead.numel(), *width).contiguous()
+
+
+def _converted(value: Any, name: str, dtype: torch.dtype) -> Tensor:
     floating = dtype.is_floating_point
     try:
         if isinstance(value, int) or (isinstance(value, float) and floating):
             number = math.copysign(_LEAST, value) if 0 < abs(value) < _LEAST else value
-            return torch.full((lead.numel(), *width), number, dtype=dtype)
+            return torch.full((), number, dtype=dtype)
         given = isinstance(value, Tensor) or not floating
         tensor = torch.as_tensor(value) if given else torch.as_tensor(value, dtype=torch.float64)
     except (OverflowError, RuntimeError, ValueError):  # which of them differs with the type and with lists
@@ -116,12 +124,7 @@ def per_row(value: Any, name: str, lead: torch.Size, dtype: torch.dtype, *width:
     if tensor.dtype is torch.float64:
         small = (tensor != 0) & (tensor.abs() < _LEAST)
         tensor = torch.where(small, torch.full_like(tensor, _LEAST).copysign(tensor), tensor)
-    try:
-        spread = tensor.to(dtype).broadcast_to(*lead, *width)
-    except RuntimeError:
-        want = [*lead, *width]
-        raise ValueError(f"{name}: expected a shape that broadcasts to {want}: got {list(tensor.shape)}") from None
-    return spread.reshape(lead.numel(), *width).contiguous()
+    return tensor.to(dtype)
 
 
 def rule_tensors(logits: Tensor, **given: Any) -> list[Tensor | None]:

@@ -5,7 +5,7 @@ The layer's entry t is made of the hidden state of token t and of token t+1. Wha
 
     request.mtp_start + state.mtp_lengths[slot] + len(request.held) == state.lengths[slot]
 
-between two steps, with at least one row held. The first draft comes out of the last of these entries; each further
+when drafts are made, with at least one row held. The first draft comes out of the last of these entries; each further
 one feeds the layer's own hidden state (after its norm) and the draft before it. Entries made so are guesses too, and
 are taken back at once: the next step makes them again from what the decoder has computed.
 
@@ -54,15 +54,15 @@ class Drafter:
         hidden, next_ids = [], []
         for i in active:
             request = requests[i]
-            assert request.held is not None
+            assert isinstance(request.held, torch.Tensor)
             known = request.tokens_from(request.mtp_start + self.state.mtp_lengths[request.slot] + 1)
             head = max(len(known) - share, 0)
             self.prime(request.slot, request.held[:head], known[:head])
             hidden.append(request.held[head:])
             next_ids.append(known[head:])
         slots = [requests[i].slot for i in active]
-        out = self.replay.draft(slots, torch.cat(hidden), next_ids)
-        lists_Bk = out.topk_indices if self._shares_keys else None
+        out = self.replay.draft(slots, torch.cat(hidden) if len(hidden) > 1 else hidden[0], next_ids)
+        lists_Bk = out.topk_indices.clone() if self._shares_keys and out.topk_indices is not None else None
         depth = 0
         while True:
             ids = draw(out.logits, [requests[i] for i in active], [drafts[i] for i in active])
@@ -73,9 +73,11 @@ class Drafter:
             if not on:
                 break
             active, slots = [active[b] for b in on], [slots[b] for b in on]
-            rows = torch.tensor(on, device=out.hidden.device)
-            lists_Bk = None if lists_Bk is None else lists_Bk[rows]
-            out = self.replay.draft(slots, out.hidden[rows], [[ids[b]] for b in on], lists_Bk)
+            hidden_BH = out.hidden
+            if len(on) < len(ids):
+                rows = torch.tensor(on, device=hidden_BH.device)
+                hidden_BH, lists_Bk = hidden_BH[rows], None if lists_Bk is None else lists_Bk[rows]
+            out = self.replay.draft(slots, hidden_BH, [[ids[b]] for b in on], lists_Bk)
         for request, count in zip(requests, counts, strict=True):
             if count:
                 self.state.truncate_mtp(request.slot, self.state.lengths[request.slot] - request.mtp_start)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -53,6 +54,13 @@ class ContextLengthError(ValueError):
         super().__init__(f"the prompt has {prompt_tokens} tokens{more}, max_model_len is {limit}")
 
 
+class LastRow(NamedTuple):
+    """A row of a step's hidden states: costs nothing while no drafts are made."""
+
+    hidden_TH: torch.Tensor
+    row: int
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt on its way to being completed.
@@ -61,7 +69,8 @@ class Request:
     slot           its place in the state while it runs, else -1
     finish_reason  "stop", "length" or None; stop_reason: the id or the string that stopped it
     error          why it failed, in place of a finish_reason
-    held           hidden states [h, H] that the MTP layer has yet to take in; None: no drafts are made
+    held           hidden states [h, H] that the MTP layer has yet to take in, or where the last one lies, which is
+                   enough to begin anew with; None: no drafts are made
     mtp_start      the token that its first entry of the sequence is of: tokens before it are forgotten
     track          how well its drafts do
     """
@@ -79,7 +88,7 @@ class Request:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
-    held: torch.Tensor | None = None
+    held: torch.Tensor | LastRow | None = None
     mtp_start: int = 0
     track: Track | None = None
 
@@ -123,6 +132,7 @@ class Engine:
         self.clock = clock
         self.replay = Replay(model, self.state, replay)
         self._drafter = Drafter(self.replay, max_num_batched_tokens)
+        self._nothing = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         # The one thread that may add requests and step; None: whoever calls.
@@ -203,8 +213,7 @@ class Engine:
             if self.speculation is not None:
                 request.track = self.speculation.track()
                 if self._room(request) > 2:  # one comes with the prompt, and the last one needs no draft
-                    empty = torch.empty(0, self.model.config.hidden_size, dtype=self.model.dtype)
-                    request.held = empty.to(self.model.device)
+                    request.held = self._nothing
             self.running.append(request)
 
     def _advance(self, batch: list[Request]) -> None:
@@ -232,8 +241,8 @@ class Engine:
         self._learn(batch, known, drafts, gained, times)
         for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
             request.held = rows
-            if rows is not None:
-                self._begin_at_held(request)
+            if isinstance(rows, torch.Tensor):
+                self._begin_at(request, len(rows))
             for token, logprob in zip(tokens, found, strict=True):
                 if not request.finished:
                     self._append(request, token, logprob)
@@ -251,7 +260,12 @@ class Engine:
         """Guesses of each request's next tokens; as many as it can still gain, and as the forward still holds."""
         if self.speculation is None or self.speculation.rests(_tracks(batch)):
             return [[] for _ in batch]
-        rooms = [self._room(r) - 1 if r.held is not None and len(r.held) else 0 for r in batch]
+        for request in batch:
+            if isinstance(request.held, LastRow):
+                hidden_TH, row = request.held
+                request.held = hidden_TH[row : row + 1]
+                self._begin_at(request, 1)
+        rooms = [self._room(r) - 1 if isinstance(r.held, torch.Tensor) and len(r.held) else 0 for r in batch]
         spare = self.max_num_batched_tokens - sum(r.num_tokens - self.state.lengths[r.slot] for r in batch)
         counts = []
         for count in self.speculation.counts(_tracks(batch), rooms):
@@ -310,32 +324,34 @@ class Engine:
         drafts: Sequence[list[int]],
         gained: Sequence[list[int]],
         hidden_TH: torch.Tensor,
-    ) -> Sequence[torch.Tensor | None]:
+    ) -> Sequence[torch.Tensor | LastRow | None]:
         """Takes wrong drafts back; returns what each request holds for the MTP layer."""
         if self.speculation is None:
             return [None] * len(batch)
-        held, ends = [], accumulate(len(ids) + len(guesses) for ids, guesses in zip(known, drafts, strict=True))
-        for request, ids, guesses, tokens, end in zip(batch, known, drafts, gained, ends, strict=True):
-            wrong = 1 + len(guesses) - len(tokens)
-            if wrong:
+        hidden_TH = hidden_TH.clone()  # the replay's next call writes there
+        held: list[torch.Tensor | LastRow | None] = []
+        end = 0
+        for request, ids, guesses, tokens in zip(batch, known, drafts, gained, strict=True):
+            start, end = end, end + len(ids) + len(guesses)
+            if wrong := 1 + len(guesses) - len(tokens):
                 self.state.truncate(request.slot, self.state.lengths[request.slot] - wrong)
-            first = end - len(guesses) - len(ids)
-            held.append(self._hold(request, tokens, hidden_TH[first : end - wrong], bool(guesses)))
+            track = request.track
+            if request.held is None or track is None or self._room(request) - len(tokens) < 2:
+                held.append(None)
+            elif not guesses and not (hopeful := self.speculation.hopeful(track)) and track.naps(KEPT):
+                held.append(LastRow(hidden_TH, end - wrong - 1))
+            else:
+                rows_TH = hidden_TH[start : end - wrong]
+                held.append(self._hold(request, tokens, rows_TH, bool(guesses) or hopeful))
         return held
 
-    def _hold(
-        self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor, drafted: bool
-    ) -> torch.Tensor | None:
+    def _hold(self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor, hopeful: bool) -> torch.Tensor:
         """What the MTP layer has yet to take in of a request that gains `tokens`; `rows` are the last hidden states."""
-        if request.held is None or self._room(request) - len(tokens) < 2:
-            return None
-        assert self.speculation is not None and request.track is not None
-        hopeful = drafted or self.speculation.hopeful(request.track)
-        if not hopeful and request.track.idle + KEPT < request.track.patience:
-            return rows_TH[-1:].clone()  # no try is near
         start = request.mtp_start + self.state.mtp_lengths[request.slot]
         missing = self.state.lengths[request.slot] - start - len(rows_TH)
-        held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])
+        held_TH = rows_TH
+        if missing and isinstance(request.held, torch.Tensor):
+            held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])
         if len(held_TH) > MAX_HELD and not hopeful:
             held_TH = held_TH[-KEPT:].clone()
         elif len(held_TH) > MAX_HELD:
@@ -345,10 +361,9 @@ class Engine:
             held_TH = held_TH[-1:].clone()
         return held_TH
 
-    def _begin_at_held(self, request: Request) -> None:
+    def _begin_at(self, request: Request, held: int) -> None:
         """Where rows before those held are missing, the MTP layer begins anew; RoPE does not see what came before."""
-        assert request.held is not None
-        start = self.state.lengths[request.slot] - len(request.held)
+        start = self.state.lengths[request.slot] - held
         if request.mtp_start + self.state.mtp_lengths[request.slot] != start:
             request.mtp_start = start
             self.state.truncate_mtp(request.slot, 0)

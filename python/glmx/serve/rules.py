@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def sampling_rules(batch: Sequence[Request], drafts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """For the token behind the drafts of each request: rows [B] of `sample`."""
     rules = _rules(batch, drafts, [[len(ids)] for ids in drafts], None)
-    rules["positions"] = torch.tensor([request.num_tokens + len(ids) for request, ids in zip(batch, drafts, strict=True)])
+    places = [request.num_tokens + len(ids) for request, ids in zip(batch, drafts, strict=True)]
+    rules["positions"] = torch.tensor(places)
     return rules
 
 
@@ -71,11 +72,12 @@ def _rules(
                 history.append([(begin, first, end + count) for count in counts])
             else:
                 history.append([(begin, begin, begin)] * len(counts))
-        spans = torch.tensor(history)
-        rules |= {"token_ids": torch.tensor(token_ids), "history": spans[:, 0] if width is None else spans}
+        rules |= {"token_ids": torch.tensor(token_ids), "history": torch.tensor(history)}
+        if width is None:
+            rules["history"] = rules["history"][:, 0]
         for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-            values = torch.tensor([getattr(p, name) for p in params], dtype=torch.float32)
-            rules[name] = _spread(values, width)
+            each = torch.tensor([getattr(p, name) for p in params], dtype=torch.float32)
+            rules[name] = _spread(each, width)
     if any(p.logit_bias for p in params):
         bias: list[tuple[int, float]] = []
         bounds = []
@@ -85,6 +87,6 @@ def _rules(
             bounds.append((begin, len(bias)))
         tokens, values = zip(*bias, strict=True)
         rules |= {"bias_ids": torch.tensor(tokens), "bias_values": torch.tensor(values, dtype=torch.float32)}
-        spans = torch.tensor(bounds)
-        rules["bias_spans"] = spans if width is None else spans[:, None]
+        spans_B2 = torch.tensor(bounds)
+        rules["bias_spans"] = spans_B2 if width is None else spans_B2[:, None]
     return rules

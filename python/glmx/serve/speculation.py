@@ -25,7 +25,9 @@ MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
 # it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
 PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
 TRY_SHARE = 0.01  # of the time of steps: what tries may lose. The next one waits until the last one is paid for.
-QUIET_STEPS = 8  # a choice of no drafts stands for so many steps: to make it takes time as well
+# A choice of no drafts stands for so many steps, and each after it for twice as many, up to the second number: to make
+# it takes time as well, and without drafts little is learned.
+QUIET_STEPS, MAX_QUIET_STEPS = 8, 64
 UNLIKELY = 0.02  # drafts with less of a chance are not looked at: a forward row costs more than 2 % of a forward
 MARGIN = 1.05  # drafts that promise less of a gain are not made: of many noisy promises the best one is too good
 HOPE = 0.8  # of drafts that were never tried: high, so that they are
@@ -133,6 +135,10 @@ class Track:
     idle: int = 0
     patience: int = PROBE_STEPS
 
+    def naps(self, steps: int) -> bool:
+        """Whether its next try is further away."""
+        return self.idle + steps < self.patience
+
 
 @dataclass
 class Counters:
@@ -175,6 +181,7 @@ class Speculation:
         self._saved_s = 0.0  # time put aside for tries, less what drafts have lost
         self._accepted = 0  # of the last step
         self._quiet: tuple[list[Track], int] = ([], 0)  # the sequences that got no drafts, for how many more steps
+        self._pause = QUIET_STEPS  # of the next choice of no drafts
 
     def track(self) -> Track:
         """For a new sequence."""
@@ -208,7 +215,8 @@ class Speculation:
         reach = self._pool.reach()
         wanted = [track.acceptance.estimates(min(room, reach)) for track, room in zip(tracks, rooms, strict=True)]
         counts = choose(wanted, cache(partial(self._cost, len(tracks))))
-        self._quiet = list(tracks), 0 if any(counts) else QUIET_STEPS
+        if not any(counts):
+            self._quiet, self._pause = (list(tracks), self._pause), min(2 * self._pause, MAX_QUIET_STEPS)
         return counts
 
     def hopeful(self, track: Track) -> bool:
@@ -219,7 +227,7 @@ class Speculation:
         """What a step has verified."""
         self._accepted = sum(accepted)
         if any(drafted):
-            self._quiet = ([], 0)
+            self._quiet, self._pause = ([], 0), QUIET_STEPS
         for track, count, right in zip(tracks, drafted, accepted, strict=True):
             if not count:
                 track.idle += 1
