@@ -31,15 +31,15 @@ from glmx.ops import mtp_verify, sample
 from glmx.serve.drafts import Drafter
 from glmx.serve.rules import sampling_rules, verification_rules
 from glmx.serve.sampling import Logprob, SamplingParams
-from glmx.serve.speculation import Speculation, Track
+from glmx.serve.speculation import KEPT, Speculation, Track
 from glmx.serve.text import TextStream
 
 log = logging.getLogger(__name__)
 
 # Rows of hidden states that a sequence keeps for the MTP layer while it makes no drafts; then they are taken in. Where
-# drafts do not pay that would be work for nothing: it forgets what it has of the sequence, and keeps a few
-# rows for the next try to begin with.
-MAX_HELD, KEPT = 64, 16
+# drafts do not pay that would be work for nothing: it forgets what it has of the sequence, and keeps KEPT rows for the
+# next try to begin with.
+MAX_HELD = 64
 
 
 class ContextLengthError(ValueError):
@@ -223,26 +223,29 @@ class Engine:
         try:
             for request in batch:
                 self._shorten(request)
+            asleep = self.speculation is None or self.speculation.sleeps(_tracks(batch))
             times = [self.clock()]
-            drafts = self._draft(batch)
+            drafts = [[] for _ in batch] if asleep else self._draft(batch)
             times.append(self.clock())
             cached = [self.state.lengths[slot] for slot in slots]
             known = [request.tokens_from(start) for request, start in zip(batch, cached, strict=True)]
             hidden_TH, rows_RH, logits_RV = self._forward(slots, known, drafts)
             gained = self._verify(batch, drafts, logits_RV)
             logprobs = self._logprobs(batch, gained, rows_RH, logits_RV)
-            held = self._settle(batch, known, drafts, gained, hidden_TH)
+            held = [] if asleep else self._settle(batch, known, drafts, gained, hidden_TH)
             times.append(self.clock())
         except BaseException:
             for slot, (length, mtp_length) in zip(slots, lengths, strict=True):
                 self.state.truncate(slot, length)
                 self.state.truncate_mtp(slot, mtp_length)
             raise
-        self._learn(batch, known, drafts, gained, times)
-        for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
-            request.held = rows
-            if isinstance(rows, torch.Tensor):
+        if not asleep:
+            self._learn(batch, known, drafts, gained, times)
+        for request, rows in zip(batch, held or [self._nothing] * len(batch), strict=True):
+            request.held = rows if request.held is not None else None
+            if isinstance(rows, torch.Tensor) and len(rows):
                 self._begin_at(request, len(rows))
+        for request, tokens, found in zip(batch, gained, logprobs, strict=True):
             for token, logprob in zip(tokens, found, strict=True):
                 if not request.finished:
                     self._append(request, token, logprob)
@@ -258,7 +261,8 @@ class Engine:
 
     def _draft(self, batch: Sequence[Request]) -> list[list[int]]:
         """Guesses of each request's next tokens; as many as it can still gain, and as the forward still holds."""
-        if self.speculation is None or self.speculation.rests(_tracks(batch)):
+        assert self.speculation is not None
+        if self.speculation.rests(_tracks(batch)):
             return [[] for _ in batch]
         for request in batch:
             if isinstance(request.held, LastRow):
@@ -326,8 +330,7 @@ class Engine:
         hidden_TH: torch.Tensor,
     ) -> Sequence[torch.Tensor | LastRow | None]:
         """Takes wrong drafts back; returns what each request holds for the MTP layer."""
-        if self.speculation is None:
-            return [None] * len(batch)
+        assert self.speculation is not None
         hidden_TH = hidden_TH.clone()  # the replay's next call writes there
         held: list[torch.Tensor | LastRow | None] = []
         end = 0
@@ -377,8 +380,7 @@ class Engine:
         times: Sequence[float],
     ) -> None:
         """Tells the speculation how a step's drafts did, and what the step cost."""
-        if self.speculation is None:
-            return
+        assert self.speculation is not None
         self.speculation.observe(_tracks(batch), list(map(len, drafts)), [len(tokens) - 1 for tokens in gained])
         if all(len(ids) == 1 for ids in known):
             began, drafted_at, ended = times

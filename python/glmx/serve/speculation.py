@@ -25,9 +25,10 @@ MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
 # it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
 PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
 TRY_SHARE = 0.01  # of the time of steps: what tries may lose. The next one waits until the last one is paid for.
-# A choice of no drafts stands for so many steps, and each after it for twice as many, up to the second number: to make
-# it takes time as well, and without drafts little is learned.
-QUIET_STEPS, MAX_QUIET_STEPS = 8, 64
+QUIET_STEPS = 8  # a choice of no drafts stands for so many steps: to make it takes time as well
+# Far from any try it stands for as many, each time for twice as many up to this, in which nothing is measured or kept.
+MAX_SLEEP = 64
+KEPT = 16  # rows that a sequence begins with when a try is near
 UNLIKELY = 0.02  # drafts with less of a chance are not looked at: a forward row costs more than 2 % of a forward
 MARGIN = 1.05  # drafts that promise less of a gain are not made: of many noisy promises the best one is too good
 HOPE = 0.8  # of drafts that were never tried: high, so that they are
@@ -181,7 +182,8 @@ class Speculation:
         self._saved_s = 0.0  # time put aside for tries, less what drafts have lost
         self._accepted = 0  # of the last step
         self._quiet: tuple[list[Track], int] = ([], 0)  # the sequences that got no drafts, for how many more steps
-        self._pause = QUIET_STEPS  # of the next choice of no drafts
+        self._sleepers: list[Track] = []  # for `_sleep` more steps, after `_slept`
+        self._sleep, self._slept, self._next_sleep = 0, 0, QUIET_STEPS
 
     def track(self) -> Track:
         """For a new sequence."""
@@ -215,9 +217,28 @@ class Speculation:
         reach = self._pool.reach()
         wanted = [track.acceptance.estimates(min(room, reach)) for track, room in zip(tracks, rooms, strict=True)]
         counts = choose(wanted, cache(partial(self._cost, len(tracks))))
-        if not any(counts):
-            self._quiet, self._pause = (list(tracks), self._pause), min(2 * self._pause, MAX_QUIET_STEPS)
+        if any(counts):
+            return counts
+        far = min(track.patience - track.idle for track in tracks) - KEPT
+        if far > 0 and not any(map(self.hopeful, tracks)):
+            self._sleepers, self._sleep = list(tracks), min(far, self._next_sleep)
+            self._next_sleep = min(2 * self._next_sleep, MAX_SLEEP)
+        else:
+            self._quiet = list(tracks), QUIET_STEPS
         return counts
+
+    def sleeps(self, tracks: Sequence[Track]) -> bool:
+        """Whether a step makes no drafts, nor keeps anything for one. It is then not to be observed either."""
+        if self._sleep and self._sleepers == tracks:
+            self._sleep, self._slept = self._sleep - 1, self._slept + 1
+            return True
+        if self._slept:
+            for track in self._sleepers:
+                track.idle += self._slept
+            saved_s = self._slept * TRY_SHARE * self._forwards.at(len(self._sleepers))
+            self._saved_s = min(self._saved_s + saved_s, 0.0)
+        self._sleep = self._slept = 0
+        return False
 
     def hopeful(self, track: Track) -> bool:
         """Whether the MTP layer's cache of a sequence is worth its upkeep: it has just had drafts."""
@@ -227,7 +248,7 @@ class Speculation:
         """What a step has verified."""
         self._accepted = sum(accepted)
         if any(drafted):
-            self._quiet, self._pause = ([], 0), QUIET_STEPS
+            self._quiet, self._next_sleep = ([], 0), QUIET_STEPS
         for track, count, right in zip(tracks, drafted, accepted, strict=True):
             if not count:
                 track.idle += 1
