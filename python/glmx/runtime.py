@@ -106,10 +106,14 @@ def log_kernel(op: str, variant: str) -> None:
     """GLMX_LOG=kernels: one line on standard error for each op and variant."""
     row = kernel_of(op, variant)
     kernel = "unknown" if row is None else f"{backend()}/{row['kernel']}"
-    line = f"glmx: {op} {row['variant'] if row else variant}".rstrip() + f" -> {kernel}"
+    log_once(f"{op} {row['variant'] if row else variant}".rstrip() + f" -> {kernel}")
+
+
+def log_once(line: str) -> None:
+    """GLMX_LOG=kernels: a line on standard error, unless it is there already."""
     if line not in _logged:
         _logged.add(line)
-        print(line, file=sys.stderr)
+        print(f"glmx: {line}", file=sys.stderr)
 
 
 def describe() -> dict[str, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
+from itertools import pairwise
 
 import pytest
 
 from glmx.serve.speculation import (
     AUTO_LIMIT,
+    KEPT,
     MAX_PROBE_STEPS,
     PROBE_STEPS,
     STALE_TIMES,
+    TRY_SHARE,
     Acceptance,
     Speculation,
     Times,
@@ -110,11 +113,14 @@ def test_times_are_medians_on_straight_lines():
 
 
 def run(policy, rates, cost, steps, draw, tracks=None):
-    """Steps of sequences whose j-th drafts are right with chance rates[s]: the counts of each step."""
+    """Steps of sequences whose j-th drafts are right with chance rates[s], as the engine asks: the counts of each."""
     tracks = tracks or [policy.track() for _ in rates]
     seen = []
     for _ in range(steps):
-        counts = policy.counts(tracks, [100] * len(rates))
+        if policy.sleeps(tracks):
+            seen.append([0] * len(rates))
+            continue
+        counts = [0] * len(rates) if policy.rests(tracks) else policy.counts(tracks, [100] * len(rates))
         accepted = []
         for count, rate in zip(counts, rates, strict=True):
             right = 0
@@ -173,6 +179,40 @@ def test_tries_that_do_not_pay_cost_less_than_two_percent(rate, cost, sequences)
         seconds += cost(sequences + sum(counts), max(counts))
         tokens += sequences + counters.num_accepted_tokens - before
     assert seconds / tokens < 1.02 * cost(sequences, 0) / sequences
+
+
+def test_far_from_a_try_it_sleeps_ever_longer():
+    """Sleep ends when the batch changes, and in time to keep rows for the try, which comes when it would have come."""
+    policy, cost, draw = Speculation(2, True), linear(10, 1, 1), random.Random(9)
+    tracks = [policy.track()]
+    counts = run(policy, [0.0], cost, 1500, draw, tracks)
+    tries = [step for step, (count,) in enumerate(counts) if count]
+    assert tracks[0].patience == MAX_PROBE_STEPS
+    assert all(MAX_PROBE_STEPS <= b - a < 1.2 * MAX_PROBE_STEPS for a, b in pairwise(tries[-3:])), tries
+
+    asleep = 0
+    for _ in range(2 * MAX_PROBE_STEPS):
+        if policy.sleeps(tracks):
+            asleep += 1
+        else:
+            run(policy, [0.0], cost, 1, draw, tracks)
+    assert 2 * (MAX_PROBE_STEPS - KEPT) * 0.8 < asleep < 2 * (MAX_PROBE_STEPS - KEPT)
+
+    while not policy.sleeps(tracks):
+        run(policy, [0.0], cost, 1, draw, tracks)
+    idle, slept = tracks[0].idle, policy._slept
+    assert not policy.sleeps([*tracks, policy.track()]) and tracks[0].idle == idle + slept
+    assert not policy.sleeps(tracks), "once awake it looks around first"
+
+
+def test_a_try_that_is_not_paid_for_is_far():
+    policy = Speculation(2, True)
+    track = policy.track()
+    policy.observe_times(1, 1.0, 0, 0, 0.0)
+    track.idle = track.patience - 5
+    assert policy.steps_to_try(track) == 5
+    policy._saved_s = -TRY_SHARE * 100
+    assert policy.steps_to_try(track) == 100
 
 
 def test_it_learns_step_by_step():

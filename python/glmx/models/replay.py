@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from glmx import runtime
 from glmx.layers.dsa import DSA, Selection
 from glmx.models.batch import Batch
 from glmx.models.decoder import Decoder
@@ -205,7 +206,10 @@ class Replay:
         self._recorded[key] = inputs, recorded
         while len(self._recorded) > 1 and (len(self._recorded) > MAX_RECORDINGS or self.nbytes > MAX_BYTES):
             self._recorded.popitem(last=False)
-        log.info("recorded %s of %d rows, %d sequences, %d blocks: %d calls", *key[:4], recorded.size)
+        line = "{} step of {} rows, {} sequences, {} blocks -> recorded, {} calls".format(*key[:4], recorded.size)
+        log.info(line)
+        if runtime.settings.log_kernels:
+            runtime.log_once(line)
         return recorded.result
 
     def _usable(self) -> bool:

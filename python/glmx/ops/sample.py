@@ -101,6 +101,8 @@ def _lead(logits: Tensor) -> torch.Size:
 def per_row(value: Any, name: str, lead: torch.Size, dtype: torch.dtype, *width: int) -> Tensor:
     """The values of every row, flat. Integers are not made from fractions, and 0 is not made from small numbers."""
     tensor = value if isinstance(value, Tensor) and value.dtype is dtype else _converted(value, name, dtype)
+    if len(lead) == 1 and tensor.shape == (*lead, *width):
+        return tensor.contiguous()
     try:
         spread = tensor.broadcast_to((*lead, *width))
     except RuntimeError:

@@ -26,7 +26,7 @@ import torch
 from glmx import ops
 from glmx.models.batch import Batch
 from glmx.models.decoder import Decoder
-from glmx.models.replay import Replay
+from glmx.models.replay import MAX_ROWS, Replay
 from glmx.ops import mtp_verify, sample
 from glmx.serve.drafts import Drafter
 from glmx.serve.rules import sampling_rules, verification_rules
@@ -331,7 +331,8 @@ class Engine:
     ) -> Sequence[torch.Tensor | LastRow | None]:
         """Takes wrong drafts back; returns what each request holds for the MTP layer."""
         assert self.speculation is not None
-        hidden_TH = hidden_TH.clone()  # the replay's next call writes there
+        if len(hidden_TH) <= MAX_ROWS:
+            hidden_TH = hidden_TH.clone()  # the replay's next call may write there
         held: list[torch.Tensor | LastRow | None] = []
         end = 0
         for request, ids, guesses, tokens in zip(batch, known, drafts, gained, strict=True):
@@ -341,11 +342,12 @@ class Engine:
             track = request.track
             if request.held is None or track is None or self._room(request) - len(tokens) < 2:
                 held.append(None)
-            elif not guesses and not (hopeful := self.speculation.hopeful(track)) and track.naps(KEPT):
+                continue
+            hopeful = bool(guesses) or self.speculation.hopeful(track)
+            if not hopeful and self.speculation.steps_to_try(track) > KEPT:
                 held.append(LastRow(hidden_TH, end - wrong - 1))
             else:
-                rows_TH = hidden_TH[start : end - wrong]
-                held.append(self._hold(request, tokens, rows_TH, bool(guesses) or hopeful))
+                held.append(self._hold(request, tokens, hidden_TH[start : end - wrong], hopeful))
         return held
 
     def _hold(self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor, hopeful: bool) -> torch.Tensor:

@@ -136,10 +136,6 @@ class Track:
     idle: int = 0
     patience: int = PROBE_STEPS
 
-    def naps(self, steps: int) -> bool:
-        """Whether its next try is further away."""
-        return self.idle + steps < self.patience
-
 
 @dataclass
 class Counters:
@@ -180,6 +176,7 @@ class Speculation:
         # By rows; a draft step's are the sequences that take part in it, on average over a step's.
         self._forwards, self._draft_steps = Times(), Times()
         self._saved_s = 0.0  # time put aside for tries, less what drafts have lost
+        self._plain_s = 0.0  # what a step without drafts takes
         self._accepted = 0  # of the last step
         self._quiet: tuple[list[Track], int] = ([], 0)  # the sequences that got no drafts, for how many more steps
         self._sleepers: list[Track] = []  # for `_sleep` more steps, after `_slept`
@@ -219,13 +216,18 @@ class Speculation:
         counts = choose(wanted, cache(partial(self._cost, len(tracks))))
         if any(counts):
             return counts
-        far = min(track.patience - track.idle for track in tracks) - KEPT
+        far = min(map(self.steps_to_try, tracks)) - KEPT
         if far > 0 and not any(map(self.hopeful, tracks)):
             self._sleepers, self._sleep = list(tracks), min(far, self._next_sleep)
             self._next_sleep = min(2 * self._next_sleep, MAX_SLEEP)
         else:
             self._quiet = list(tracks), QUIET_STEPS
         return counts
+
+    def steps_to_try(self, track: Track) -> int:
+        """How many more steps the next try of a sequence without drafts is away, when nothing else changes."""
+        unpaid = -self._saved_s / (TRY_SHARE * self._plain_s) if self._plain_s else 0.0
+        return max(track.patience - track.idle, int(unpaid))
 
     def sleeps(self, tracks: Sequence[Track]) -> bool:
         """Whether a step makes no drafts, nor keeps anything for one. It is then not to be observed either."""
@@ -235,8 +237,7 @@ class Speculation:
         if self._slept:
             for track in self._sleepers:
                 track.idle += self._slept
-            saved_s = self._slept * TRY_SHARE * self._forwards.at(len(self._sleepers))
-            self._saved_s = min(self._saved_s + saved_s, 0.0)
+            self._saved_s = min(self._saved_s + self._slept * TRY_SHARE * self._plain_s, 0.0)
         self._sleep = self._slept = 0
         return False
 
@@ -278,6 +279,7 @@ class Speculation:
         if depth and caught_up:
             self._draft_steps.add(round(drafts / depth), drafting_s / depth)
         plain_s, tokens = self._forwards.at(rows - drafts), 1 + self._accepted / (rows - drafts)
+        self._plain_s = plain_s
         if drafts:
             self._saved_s -= forward_s + drafting_s - tokens * plain_s
         # Nothing is saved up for later, and what learning has cost delays no try by more than the longest patience.
