@@ -13,9 +13,9 @@ namespace glmx {
 class Recording {
  public:
   // This thread records from `begin` to `end`.
-  void begin() { active_ = this; }
-  static void end() { active_ = nullptr; }
-  static Recording* active() { return active_; }
+  void begin();
+  static void end();
+  static Recording* active();  // this thread's, or null
 
   void add(std::function<void()> call) { calls_.push_back(std::move(call)); }
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
@@ -24,7 +24,6 @@ class Recording {
   }
 
  private:
-  static thread_local Recording* active_;
   std::vector<std::function<void()>> calls_;
 };
 

@@ -138,10 +138,23 @@ def test_what_is_not_kept_up_begins_anew(open_llm, plain, monkeypatch):
             return step(rows, *args)
 
         monkeypatch.setattr(llm.model, "mtp_trunk", recorded)
+        begun, draft = [], llm.engine._drafter.draft
+
+        def looked_at(requests, counts, draw, llm=llm, begun=begun, draft=draft):
+            # Who begins anew begins with the hidden state of the last token in the cache.
+            for request, count in zip(requests, counts, strict=True):
+                if count and len(request.held) == 1:
+                    ids = torch.tensor(request.tokens_from(0)[:-1])
+                    whole = Batch.from_lengths([len(ids)])
+                    begun.append(llm.model.forward_tokens(ids, torch.arange(len(ids)), whole)[-1:])
+                    assert torch.equal(request.held, begun[-1])
+            return draft(requests, counts, draw)
+
+        monkeypatch.setattr(llm.engine._drafter, "draft", looked_at)
         asked, each = prompts(llm, [30, 5, 60]), [params(max_tokens=40, temperature=0.3, seed=s) for s in range(3)]
         assert outputs(llm, asked, each) == outputs(plain[case], asked, each)
         assert max(starts) >= 56 and max(widths) <= 3 * (8 + 4), "prompts are taken in"
-        assert llm.speculation.num_accepted_tokens > 5 and is_empty(llm.engine)
+        assert llm.speculation.num_accepted_tokens > 5 and len(begun) > 5 and is_empty(llm.engine)
 
 
 def test_rules_of_a_history_see_the_drafts_before_them(open_llm, plain):
