@@ -143,11 +143,11 @@ def test_what_is_not_kept_up_begins_anew(open_llm, plain, monkeypatch):
         def looked_at(requests, counts, draw, llm=llm, begun=begun, draft=draft):
             # Who begins anew begins with the hidden state of the last token in the cache.
             for request, count in zip(requests, counts, strict=True):
-                if count and len(request.held) == 1:
+                if count and len(request.held_rows()) == 1:
                     ids = torch.tensor(request.tokens_from(0)[:-1])
                     whole = Batch.from_lengths([len(ids)])
                     begun.append(llm.model.forward_tokens(ids, torch.arange(len(ids)), whole)[-1:])
-                    assert torch.equal(request.held, begun[-1])
+                    assert torch.equal(request.held_rows(), begun[-1])
             return draft(requests, counts, draw)
 
         monkeypatch.setattr(llm.engine._drafter, "draft", looked_at)
@@ -342,7 +342,7 @@ def test_a_dropped_request_leaves_the_others_alone(open_llm, plain):
     request = llm.make_request(second, params())
     llm.engine.add(request)
     llm.engine.step()
-    assert len(request.held) == len(second)
+    assert len(request.held_rows()) == len(second)
     llm.engine.abort(request)
     assert request.held is None and is_empty(llm.engine)
 
@@ -350,7 +350,10 @@ def test_a_dropped_request_leaves_the_others_alone(open_llm, plain):
 def snapshot(engine):
     return (
         (list(engine.state.lengths), list(engine.state.mtp_lengths)),
-        [(r.slot, list(r.token_ids), list(r.pieces), r.held.tolist(), r.track.idle) for r in engine.running],
+        [
+            (r.slot, list(r.token_ids), list(r.pieces), r.held and r.held_rows().tolist(), r.track.idle)
+            for r in engine.running
+        ],
         engine.speculation.counters.num_draft_tokens,
     )
 

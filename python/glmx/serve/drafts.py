@@ -3,7 +3,7 @@
 The layer's entry t is made of the hidden state of token t and of token t+1. What it lacks of a sequence rides in
 `Request.held`, so that
 
-    request.mtp_start + state.mtp_lengths[slot] + len(request.held) == state.lengths[slot]
+    request.mtp_start + state.mtp_lengths[slot] + len(request.held_rows()) == state.lengths[slot]
 
 when drafts are made, with at least one row held. The first draft comes out of the last of these entries; each further
 one feeds the layer's own hidden state (after its norm) and the draft before it. Entries made so are guesses too, and
@@ -54,11 +54,11 @@ class Drafter:
         hidden, next_ids = [], []
         for i in active:
             request = requests[i]
-            assert isinstance(request.held, torch.Tensor)
+            held_TH = request.held_rows()
             known = request.tokens_from(request.mtp_start + self.state.mtp_lengths[request.slot] + 1)
             head = max(len(known) - share, 0)
-            self.prime(request.slot, request.held[:head], known[:head])
-            hidden.append(request.held[head:])
+            self.prime(request.slot, held_TH[:head], known[:head])
+            hidden.append(held_TH[head:])
             next_ids.append(known[head:])
         slots = [requests[i].slot for i in active]
         out = self.replay.draft(slots, torch.cat(hidden) if len(hidden) > 1 else hidden[0], next_ids)

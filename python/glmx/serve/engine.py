@@ -54,11 +54,12 @@ class ContextLengthError(ValueError):
         super().__init__(f"the prompt has {prompt_tokens} tokens{more}, max_model_len is {limit}")
 
 
-class LastRow(NamedTuple):
-    """A row of a step's hidden states: costs nothing while no drafts are made."""
+class Rows(NamedTuple):
+    """Some rows of a step's hidden states, not copied: mostly nobody asks for them."""
 
     hidden_TH: torch.Tensor
-    row: int
+    start: int
+    end: int
 
 
 @dataclass(eq=False)
@@ -69,8 +70,7 @@ class Request:
     slot           its place in the state while it runs, else -1
     finish_reason  "stop", "length" or None; stop_reason: the id or the string that stopped it
     error          why it failed, in place of a finish_reason
-    held           hidden states [h, H] that the MTP layer has yet to take in, or where the last one lies, which is
-                   enough to begin anew with; None: no drafts are made
+    held           the hidden states that the MTP layer has yet to take in; None: no drafts are made
     mtp_start      the token that its first entry of the sequence is of: tokens before it are forgotten
     track          how well its drafts do
     """
@@ -88,7 +88,7 @@ class Request:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
-    held: torch.Tensor | LastRow | None = None
+    held: list[Rows] | None = None
     mtp_start: int = 0
     track: Track | None = None
 
@@ -99,6 +99,10 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.token_ids)
+
+    def held_rows(self) -> torch.Tensor:
+        """What it holds, [h, H]."""
+        return _joined(self.held or [])
 
     def tokens_from(self, start: int) -> list[int]:
         prompt = self.prompt_token_ids
@@ -132,7 +136,6 @@ class Engine:
         self.clock = clock
         self.replay = Replay(model, self.state, replay)
         self._drafter = Drafter(self.replay, max_num_batched_tokens)
-        self._nothing = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         # The one thread that may add requests and step; None: whoever calls.
@@ -213,7 +216,7 @@ class Engine:
             if self.speculation is not None:
                 request.track = self.speculation.track()
                 if self._room(request) > 2:  # one comes with the prompt, and the last one needs no draft
-                    request.held = self._nothing
+                    request.held = []
             self.running.append(request)
 
     def _advance(self, batch: list[Request]) -> None:
@@ -232,7 +235,8 @@ class Engine:
             hidden_TH, rows_RH, logits_RV = self._forward(slots, known, drafts)
             gained = self._verify(batch, drafts, logits_RV)
             logprobs = self._logprobs(batch, gained, rows_RH, logits_RV)
-            held = [] if asleep else self._settle(batch, known, drafts, gained, hidden_TH)
+            nothing: list[list[Rows] | None] = [None if request.held is None else [] for request in batch]
+            held = nothing if asleep else self._settle(batch, known, drafts, gained, hidden_TH)
             times.append(self.clock())
         except BaseException:
             for slot, (length, mtp_length) in zip(slots, lengths, strict=True):
@@ -241,11 +245,10 @@ class Engine:
             raise
         if not asleep:
             self._learn(batch, known, drafts, gained, times)
-        for request, rows in zip(batch, held or [self._nothing] * len(batch), strict=True):
-            request.held = rows if request.held is not None else None
-            if isinstance(rows, torch.Tensor) and len(rows):
-                self._begin_at(request, len(rows))
-        for request, tokens, found in zip(batch, gained, logprobs, strict=True):
+        for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
+            request.held = rows
+            if rows:
+                self._begin_at(request, rows)
             for token, logprob in zip(tokens, found, strict=True):
                 if not request.finished:
                     self._append(request, token, logprob)
@@ -264,12 +267,7 @@ class Engine:
         assert self.speculation is not None
         if self.speculation.rests(_tracks(batch)):
             return [[] for _ in batch]
-        for request in batch:
-            if isinstance(request.held, LastRow):
-                hidden_TH, row = request.held
-                request.held = hidden_TH[row : row + 1]
-                self._begin_at(request, 1)
-        rooms = [self._room(r) - 1 if isinstance(r.held, torch.Tensor) and len(r.held) else 0 for r in batch]
+        rooms = [self._room(r) - 1 if r.held else 0 for r in batch]
         spare = self.max_num_batched_tokens - sum(r.num_tokens - self.state.lengths[r.slot] for r in batch)
         counts = []
         for count in self.speculation.counts(_tracks(batch), rooms):
@@ -328,12 +326,12 @@ class Engine:
         drafts: Sequence[list[int]],
         gained: Sequence[list[int]],
         hidden_TH: torch.Tensor,
-    ) -> Sequence[torch.Tensor | LastRow | None]:
+    ) -> list[list[Rows] | None]:
         """Takes wrong drafts back; returns what each request holds for the MTP layer."""
         assert self.speculation is not None
         if len(hidden_TH) <= MAX_ROWS:
             hidden_TH = hidden_TH.clone()  # the replay's next call may write there
-        held: list[torch.Tensor | LastRow | None] = []
+        held: list[list[Rows] | None] = []
         end = 0
         for request, ids, guesses, tokens in zip(batch, known, drafts, gained, strict=True):
             start, end = end, end + len(ids) + len(guesses)
@@ -345,33 +343,32 @@ class Engine:
                 continue
             hopeful = bool(guesses) or self.speculation.hopeful(track)
             if not hopeful and self.speculation.steps_to_try(track) > KEPT:
-                held.append(LastRow(hidden_TH, end - wrong - 1))
+                held.append([Rows(hidden_TH, end - wrong - 1, end - wrong)])  # enough to begin anew with
             else:
-                held.append(self._hold(request, tokens, hidden_TH[start : end - wrong], hopeful))
+                before = [] if guesses else request.held  # drafts have taken it in
+                held.append(self._hold(request, [*before, Rows(hidden_TH, start, end - wrong)], tokens, hopeful))
         return held
 
-    def _hold(self, request: Request, tokens: Sequence[int], rows_TH: torch.Tensor, hopeful: bool) -> torch.Tensor:
-        """What the MTP layer has yet to take in of a request that gains `tokens`; `rows` are the last hidden states."""
-        start = request.mtp_start + self.state.mtp_lengths[request.slot]
-        missing = self.state.lengths[request.slot] - start - len(rows_TH)
-        held_TH = rows_TH
-        if missing and isinstance(request.held, torch.Tensor):
-            held_TH = torch.cat([request.held[len(request.held) - missing :], rows_TH])
-        if len(held_TH) > MAX_HELD and not hopeful:
-            held_TH = held_TH[-KEPT:].clone()
-        elif len(held_TH) > MAX_HELD:
-            # All but the last, out of which the first draft comes.
-            next_ids = [*request.tokens_from(start + 1), *tokens][: len(held_TH) - 1]
-            self._drafter.prime(request.slot, held_TH[:-1], next_ids)
-            held_TH = held_TH[-1:].clone()
-        return held_TH
+    def _hold(self, request: Request, held: list[Rows], tokens: Sequence[int], hopeful: bool) -> list[Rows]:
+        """What the MTP layer has yet to take in of a request that gains `tokens`; more than MAX_HELD rows it takes."""
+        count = _count(held)
+        if count <= MAX_HELD:
+            return held
+        rows_TH = _joined(held)
+        if not hopeful:
+            return [Rows(rows_TH[-KEPT:].clone(), 0, KEPT)]
+        # All but the last, out of which the first draft comes.
+        next_ids = [*request.tokens_from(self.state.lengths[request.slot] - count + 1), *tokens][: count - 1]
+        self._drafter.prime(request.slot, rows_TH[:-1], next_ids)
+        return [Rows(rows_TH[-1:].clone(), 0, 1)]
 
-    def _begin_at(self, request: Request, held: int) -> None:
+    def _begin_at(self, request: Request, held: list[Rows]) -> None:
         """Where rows before those held are missing, the MTP layer begins anew; RoPE does not see what came before."""
-        start = self.state.lengths[request.slot] - held
+        start = self.state.lengths[request.slot] - _count(held)
         if request.mtp_start + self.state.mtp_lengths[request.slot] != start:
             request.mtp_start = start
-            self.state.truncate_mtp(request.slot, 0)
+            if self.state.mtp_lengths[request.slot]:
+                self.state.truncate_mtp(request.slot, 0)
 
     def _learn(
         self,
@@ -389,9 +386,7 @@ class Engine:
             if not any(drafts):
                 self.speculation.observe_times(len(batch), ended - drafted_at, 0, 0, 0.0)
                 return
-            caught_up = [
-                len(r.held) for r, guesses in zip(batch, drafts, strict=True) if guesses and r.held is not None
-            ]
+            caught_up = [_count(r.held) for r, guesses in zip(batch, drafts, strict=True) if guesses and r.held]
             short = max(caught_up, default=0) <= self.speculation.limit + 1
             drafted = sum(map(len, drafts))
             self.speculation.observe_times(
@@ -478,6 +473,15 @@ class Engine:
             self.state.free(request.slot)
             request.slot = -1
         request.held = None
+
+
+def _count(held: Sequence[Rows]) -> int:
+    return sum(rows.end - rows.start for rows in held)
+
+
+def _joined(held: Sequence[Rows]) -> torch.Tensor:
+    pieces = [rows.hidden_TH[rows.start : rows.end] for rows in held]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _tracks(batch: Sequence[Request]) -> list[Track]:
