@@ -7,7 +7,7 @@
 constexpr int64_t kBlockRows = 288;  // results of kBlockRows x kBlockCols (288 KB) and the packed rows (144 KB) stay in a 1 MB L2
 constexpr int64_t kBlockCols = 256;  // packing a row block is shared by 256 columns, packing a panel by up to 288 rows
 constexpr int64_t kFewRows = 32;     // up to so many rows, an item has 64 columns: more items for the threads of a decode step
-constexpr int64_t kPackedRows = 160 * 1024 / 4;  // floats of packed rows per chunk, when few rows allow a chunk longer than kDepth
+constexpr int64_t kPackedRows = 160 * 1024 / 4;  // words of packed rows per chunk, when few rows allow a chunk longer than kDepth
 
 // How one expert's results are cut into work items. Row blocks are evened out, so that 300 rows are not 288 and 12.
 struct Cut {
@@ -30,9 +30,10 @@ inline Cut cut(const Op& op, int64_t e) {
 // A block of one tile of rows: the weights go from where they lie straight into the sums.
 template <class Op>
 void run_few(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
+  using W = typename Op::W;
   const int64_t halves = op.halves(), width = round_up(cols, 16), ldc = halves * width, depth = op.depth(e);
-  float* c = static_cast<float*>(thread_scratch(Scratch::item, (kRows * ldc + kRows * round_up(depth, 32)) * 4));
-  float* tile = c + kRows * ldc;
+  float* c = static_cast<float*>(thread_scratch(Scratch::item, (kRows * ldc + kRows * round_up(depth, 32) / kPerWord<W>)*4));
+  W* tile = reinterpret_cast<W*>(c + kRows * ldc);
   op.pack_rows(e, row0, rows, 0, depth, tile);
   for (int64_t half = 0; half < halves; ++half) {
     tile_times_rows_n(rows, tile, op.weights(e, half, col0), op.stride(), cols, depth, c + half * width, ldc);
@@ -42,6 +43,7 @@ void run_few(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, 
 
 template <class Op>
 void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64_t col_block) {
+  using W = typename Op::W;
   const int64_t row0 = row_block * cut.block_rows, rows = least(cut.block_rows, op.rows(e) - row0);
   const int64_t col0 = col_block * cut.block_cols, cols = least(cut.block_cols, op.width() - col0);
   if constexpr (Op::kPanelRows) {
@@ -49,25 +51,25 @@ void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64
   }
   const int64_t panels = (cols + kCols - 1) / kCols, halves = op.halves(), ldc = halves * panels * kCols;
   const int64_t tiles = (rows + kRows - 1) / kRows, depth = op.depth(e);
-  int64_t chunk = kDepth;
-  if (Op::kPanelRows && chunk < kPackedRows / (tiles * kRows)) chunk = kPackedRows / (tiles * kRows) / kDepth * kDepth;
-  chunk = least(chunk, round_up(depth, 32));
+  const int64_t fitting = kPackedRows * kPerWord<W> / (tiles * kRows);
+  const int64_t chunk = least(Op::kPanelRows && fitting > kDepth<W> ? fitting / kDepth<W> * kDepth<W> : kDepth<W>, round_up(depth, 32));
 
-  float* c = static_cast<float*>(thread_scratch(Scratch::item, (tiles * kRows * ldc + tiles * kRows * chunk + 16 + kDepth * kCols) * 4));
-  float* panel = c + tiles * kRows * ldc;
-  float* packed = panel + kDepth * kCols;
+  const int64_t panel_words = kDepth<W> / kPerWord<W> * kCols, packed_words = tiles * kRows * chunk / kPerWord<W> + 16;
+  float* c = static_cast<float*>(thread_scratch(Scratch::item, (tiles * kRows * ldc + packed_words + panel_words) * 4));
+  W* panel = reinterpret_cast<W*>(c + tiles * kRows * ldc);
+  W* packed = panel + panel_words;
   std::memset(c, 0, static_cast<size_t>(rows * ldc) * 4);
   for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
-    const int64_t steps = least(chunk, depth - k0), padded = round_up(steps, 32);
+    const int64_t steps = least(chunk, depth - k0), tile_words = kRows * round_up(steps, 32) / kPerWord<W>;
     for (int64_t t = 0; t < tiles; ++t)
-      op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * kRows * padded);
+      op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * tile_words);
     for (int64_t j = 0; j < halves * panels; ++j) {
       const int64_t half = j / panels, col = j % panels * kCols;
-      for (int64_t k = 0; k < steps; k += kDepth) {
-        const int64_t now = least(kDepth, steps - k);
+      for (int64_t k = 0; k < steps; k += kDepth<W>) {
+        const int64_t now = least(kDepth<W>, steps - k);
         op.pack_cols(e, half, col0 + col, least(kCols, cols - col), k0 + k, now, panel);
         for (int64_t t = 0; t < tiles; ++t) {
-          tile_times_panel_n<typename Op::Layout>(rows - t * kRows, packed + t * kRows * padded + k * kRows, panel,
+          tile_times_panel_n<typename Op::Layout>(rows - t * kRows, packed + t * tile_words + k / kPerWord<W> * kRows, panel,
                                                   c + t * kRows * ldc + j * kCols, ldc, now);
         }
       }

@@ -24,24 +24,26 @@ constexpr int64_t kQueryFloats = 48 * 1024;  // packed queries of an item: 192 K
 constexpr int64_t kMostTokens = 32;          // of an item, where heads are few or narrow
 constexpr int64_t kListTokens = 64;          // of an item that writes lists of all keys
 
-// The products of the heads of an item's tokens with a panel of keys, by the GEMM tree in fp32 FMA. Everything else is independent of how
-// products are made: a kernel for another matrix unit replaces this struct.
+// The products of the heads of an item's tokens with a panel of keys, by the GEMM tree on the vector unit. Everything else is independent
+// of how products are made: a kernel for a matrix unit replaces this struct.
 template <class Element>
 struct FmaProducts {
   using T = Element;
   struct Session {};                       // alive while an item runs
   static constexpr int64_t kKeys = kCols;  // of a panel; divides kPageRows, so that the keys of a panel lie side by side
+  using W = Word<T>;
   int64_t heads, depth;
-  float *tiles, *panel;
+  W *tiles, *panel;
   FmaProducts(Pieces& pieces, int64_t tokens, int64_t Hi, int64_t Di) : heads(Hi), depth(Di) {
-    tiles = pieces.take(tokens * token_floats());
-    panel = pieces.take(round_up(depth, 32) * kKeys);
+    tiles = pieces.take<W>(tokens * token_words());
+    panel = pieces.take<W>(words() * kKeys);
   }
-  int64_t token_floats() const { return round_up(heads, kRows) * round_up(depth, 32); }
+  int64_t words() const { return round_up(depth, 32) / kPerWord<W>; }
+  int64_t token_words() const { return round_up(heads, kRows) * words(); }
+  W* tile(int64_t i, int64_t h) const { return tiles + i * token_words() + h * words(); }
   void pack_token(int64_t i, const T* q) {
     for (int64_t h = 0; h < heads; h += kRows) {
-      float* tile = tiles + i * token_floats() + h * round_up(depth, 32);
-      pack_tile<T>([&](int64_t row) { return q + (h + row) * depth; }, least(kRows, heads - h), depth, tile);
+      pack_tile<T>([&](int64_t row) { return q + (h + row) * depth; }, least(kRows, heads - h), depth, tile(i, h));
     }
   }
   void pack_keys(const T* k, int64_t n) { pack_panel_rows(k, depth, n, depth, panel); }
@@ -53,8 +55,7 @@ struct FmaProducts {
   void multiply(int64_t i, float* out) const {
     std::memset(out, 0, static_cast<size_t>(heads * kKeys) * 4);
     for (int64_t h = 0; h < heads; h += kRows) {
-      const float* tile = tiles + i * token_floats() + h * round_up(depth, 32);
-      tile_times_panel_n<PackedRows>(heads - h, tile, panel, out + h * kKeys, kKeys, depth);
+      tile_times_panel_n<PackedRows<W>>(heads - h, tile(i, h), panel, out + h * kKeys, kKeys, depth);
     }
   }
 };
@@ -132,7 +133,7 @@ struct IndexPlan {
   IndexPlan(Pieces& pieces, const IndexerTopkParams& p, int64_t tokens, int64_t room) : products(pieces, tokens, p.Hi, p.Di) {
     product = pieces.take(round_up(p.Hi, 32) * Products::kKeys);
     score = pieces.take(tokens * (room + 16));
-    key = reinterpret_cast<int32_t*>(pieces.take(tokens * room));
+    key = pieces.take<int32_t>(tokens * room);
     candidates = reinterpret_cast<Candidates*>(pieces.take(tokens * static_cast<int64_t>(sizeof(Candidates) / 4)));
   }
 };
@@ -208,7 +209,7 @@ struct MergePlan {
   int32_t* key;
   MergePlan(Pieces& pieces, int64_t keys) {
     score = pieces.take(keys + 16);
-    key = reinterpret_cast<int32_t*>(pieces.take(keys));
+    key = pieces.take<int32_t>(keys);
   }
 };
 
