@@ -40,6 +40,7 @@ inline void pack_tile(Row row, int64_t rows, int64_t depth, Pair* out) {
     for (int64_t k = 0; k < depth; k += 32, to += 16 * kRows) {
       const __mmask32 valid = depth - k >= 32 ? 0xffffffffu : (1u << (depth - k)) - 1u;
       _mm512_storeu_si512(to, pair_row(_mm512_maskz_loadu_epi16(valid, from + k)));
+      __builtin_prefetch(from + k + depth, 0, 2);
     }
   }
 }

@@ -1,6 +1,7 @@
 // Query rows that share one list of keys: their attention to it, and its gradients. What attention and sparse_mla are made of.
 // Included after vec.h, vec64.h and transpose.h, inside their anonymous namespace; numerics as ops.h says under "Attention".
 #pragma once
+#include "cpu/inl/fetch_rows.inl"
 #include "cpu/inl/gemm_tile.inl"
 #include "cpu/inl/math64.inl"
 #include "cpu/inl/pieces.inl"
@@ -65,37 +66,6 @@ inline void pack_query_tiles(const QueryRows& rows, const T* matrix, int64_t D, 
     pack_tile<T>([&](int64_t r) { return matrix + rows.at(i + r) * D; }, least(kRows, rows.count - i), D, tiles + i * row_words<T>(D));
   }
 }
-
-// Rows [at, end) of `bytes` each that the next block of keys will read: row(i) is where row i lies. They are fetched into L2 over so many
-// calls, so that memory works while tiles are multiplied: rows of one kv head lie far apart, where the CPU's own fetching does not follow.
-template <class Row>
-struct FetchRows {
-  Row row;
-  const char* now;
-  int64_t next, end, bytes, lines, left;  // left: bytes of the row at `now`
-  FetchRows(Row where, int64_t first, int64_t last, int64_t row_bytes, int64_t calls)
-      : row(where),
-        now(nullptr),
-        next(first),
-        end(last),
-        bytes(row_bytes),
-        lines((last - first) * ((bytes + 63) / 64) / calls + 1),
-        left(0) {}
-  void operator()() {
-    const char* line = now;
-    int64_t of_row = left;
-    for (int64_t i = 0; i < lines; ++i, line += 64, of_row -= 64) {
-      if (of_row <= 0) {
-        if (next >= end) break;
-        line = reinterpret_cast<const char*>(row(next++));
-        of_row = bytes;
-      }
-      __builtin_prefetch(line, 0, 2);
-    }
-    now = line;
-    left = of_row;
-  }
-};
 
 // out[i][key] = query row i . key, for rows [from, rows), `from` at the start of a tile.
 template <class T, class Meanwhile = const Nothing>

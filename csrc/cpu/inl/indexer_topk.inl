@@ -14,6 +14,7 @@
 //            there are at most 8 a thread. Nothing grows with T x S
 // Measured   see docs/ops/indexer_topk.md
 // Limits     checked in ops/indexer_topk.cpp
+#include "cpu/inl/fetch_rows.inl"
 #include "cpu/inl/gemm_tile.inl"
 #include "cpu/inl/index_score.inl"
 #include "cpu/inl/key_rows.inl"
@@ -47,15 +48,13 @@ struct FmaProducts {
     }
   }
   void pack_keys(const T* k, int64_t n) { pack_panel_rows(k, depth, n, depth, panel); }
-  // The panel after this one, while this one is multiplied: 16 keys of 128 bf16 fill a page of memory, where the CPU's own fetching ends.
-  void fetch_keys(const T* k, int64_t n) const {
-    for (int64_t i = 0; i < n * depth; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(k + i);
-  }
+  int64_t calls() const { return (heads + kRows - 1) / kRows * ((depth + 31) / 32); }  // of `meanwhile` in a product
   // out [heads rounded up to 32][kKeys]
-  void multiply(int64_t i, float* out) const {
+  template <class Meanwhile>
+  void multiply(int64_t i, float* out, Meanwhile& meanwhile) const {
     std::memset(out, 0, static_cast<size_t>(heads * kKeys) * 4);
     for (int64_t h = 0; h < heads; h += kRows) {
-      tile_times_panel_n<PackedRows<W>>(heads - h, tile(i, h), panel, out + h * kKeys, kKeys, depth);
+      tile_times_panel_n<PackedRows<W>>(heads - h, tile(i, h), panel, out + h * kKeys, kKeys, depth, meanwhile);
     }
   }
 };
@@ -160,9 +159,11 @@ void index_scored_item(const IndexCall& call, const TokenBlock& block, int64_t r
   for (int64_t at = begin, next; at < end; at = next) {
     next = at + Products::kKeys;
     plan.products.pack_keys(keys(at), least(Products::kKeys, end - at));
-    if (next < end) plan.products.fetch_keys(keys(next), least(Products::kKeys, end - next));
-    for (int64_t i = at < first_seen ? 0 : at - first_seen + 1; i < block.tokens; ++i) {
-      plan.products.multiply(i, plan.product);
+    const int64_t from = at < first_seen ? 0 : at - first_seen + 1;
+    FetchRows fetch(keys, next, least(next + Products::kKeys, end), p.Di * static_cast<int64_t>(sizeof(T)),
+                    (block.tokens - from) * plan.products.calls());
+    for (int64_t i = from; i < block.tokens; ++i) {
+      plan.products.multiply(i, plan.product, fetch);
       const int64_t seen = least(first_seen + i, end) - at;
       for (int64_t j = 0; j < least(Products::kKeys, seen); j += 16) {
         const V16 scores = ordered_score(plan.product + j, Products::kKeys, p.weights + (block.token + i) * p.Hi, p.Hi);
