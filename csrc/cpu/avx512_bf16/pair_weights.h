@@ -3,12 +3,15 @@
 #include "cpu/inl/attend.inl"
 
 inline void pack_values(const uint16_t* values, int64_t stride, int64_t n, int64_t cols, Pair* panels) {
-  const int64_t words = words_of<Pair>(n);
-  for (int64_t w = 0; w < words; ++w) {
-    const int64_t k = first_of(w);
-    for (int64_t j = 0; j < cols; j += kCols) {
-      const uint16_t *upper = k < n ? values + k * stride + j : nullptr, *lower = k + 2 < n ? values + (k + 2) * stride + j : nullptr;
-      pair_columns(upper, lower, cols - j, panels + j * words + w * kCols);
+  const int64_t panel = words_of<Pair>(n) * kCols;
+  for (int64_t key = 0; key < n; key += 4, panels += 2 * kCols) {  // four keys are a word of each chain
+    const uint16_t* row = values + key * stride;
+    const __mmask32 is[4] = {0xffffffffu, key + 1 < n ? 0xffffffffu : 0, key + 2 < n ? 0xffffffffu : 0, key + 3 < n ? 0xffffffffu : 0};
+    Pair* out = panels;
+    for (int64_t j = 0; j < cols; j += kCols, out += panel) {
+      const __mmask32 columns = first_halves(cols - j);
+      pair_columns(row + j, columns, row + 2 * stride + j, is[2] & columns, out);
+      pair_columns(row + stride + j, is[1] & columns, row + 3 * stride + j, is[3] & columns, out + kCols);
     }
   }
 }

@@ -23,6 +23,9 @@ inline P16 load(const Pair* p) { return {_mm512_loadu_si512(p)}; }
 inline P16 set1(Pair a) { return {_mm512_set1_epi32(static_cast<int>(a.halves))}; }
 inline V16 fma(P16 a, P16 b, V16 c) { return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))}; }
 
+// Elements that are there, of 32.
+inline __mmask32 first_halves(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1u; }
+
 // Word w of a row holds elements first_of(w) and first_of(w) + 2.
 inline int64_t first_of(int64_t w) { return w / 2 * 4 + w % 2; }
 
@@ -38,20 +41,17 @@ inline void pack_tile(Row row, int64_t rows, int64_t depth, Pair* out) {
     const T* from = row(i);
     Pair* to = out + i * 16;
     for (int64_t k = 0; k < depth; k += 32, to += 16 * kRows) {
-      const __mmask32 valid = depth - k >= 32 ? 0xffffffffu : (1u << (depth - k)) - 1u;
-      _mm512_storeu_si512(to, pair_row(_mm512_maskz_loadu_epi16(valid, from + k)));
+      _mm512_storeu_si512(to, pair_row(_mm512_maskz_loadu_epi16(first_halves(depth - k), from + k)));
       __builtin_prefetch(from + k + depth, 0, 2);
     }
   }
 }
 
-// Columns [0, n) of two rows, n at most 32: words of the upper row's and the lower row's element. No row: zeros.
-inline void pair_columns(const uint16_t* upper, const uint16_t* lower, int64_t n, Pair* out) {
+// 32 columns of two rows: words of the upper row's and the lower row's element, where they are there.
+inline void pair_columns(const uint16_t* upper, __mmask32 of_upper, const uint16_t* lower, __mmask32 of_lower, Pair* out) {
   alignas(64) constexpr uint16_t kJoin[32] = {32, 0, 33, 1, 34, 2,  35, 3,  36, 4,  37, 5,  38, 6,  39, 7,
                                               40, 8, 41, 9, 42, 10, 43, 11, 44, 12, 45, 13, 46, 14, 47, 15};
-  const __mmask32 valid = n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1u;
-  const __m512i high = upper == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, upper);
-  const __m512i low = lower == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, lower);
+  const __m512i high = _mm512_maskz_loadu_epi16(of_upper, upper), low = _mm512_maskz_loadu_epi16(of_lower, lower);
   const __m512i first = _mm512_load_si512(kJoin), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   _mm512_storeu_si512(out, _mm512_permutex2var_epi16(high, first, low));
   _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(high, second, low));
@@ -72,12 +72,13 @@ inline void pack_tile_columns(const uint16_t* from, int64_t width, int64_t left,
 template <class T, class Row>
 inline void pack_panel_columns(Row row, int64_t n, int64_t depth, Pair* out) {
   static_assert(kCols == 32);
+  const __mmask32 columns = first_halves(n);
   for (int64_t w = 0; w < round_up(depth, 32) / 2; ++w, out += kCols) {
     const int64_t k = first_of(w);
     const T *upper = k < depth ? row(k) : nullptr, *lower = k + 2 < depth ? row(k + 2) : nullptr;
     if (upper != nullptr) __builtin_prefetch(upper + kCols);
     if (lower != nullptr) __builtin_prefetch(lower + kCols);
-    pair_columns(upper, lower, n, out);
+    pair_columns(upper, upper != nullptr ? columns : 0, lower, lower != nullptr ? columns : 0, out);
   }
 }
 
