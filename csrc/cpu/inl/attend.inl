@@ -72,7 +72,7 @@ template <class T, class Meanwhile = const Nothing>
 inline void queries_times_keys(const Word<T>* tiles, int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, int64_t D,
                                Word<T>* panel, float* out, Meanwhile&& meanwhile = {}) {
   using W = Word<T>;
-  if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys);
+  if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys, keys + n * stride);
   std::memset(out + from * kBlockKeys, 0, static_cast<size_t>((rows - from) * kBlockKeys) * 4);
   for (int64_t j = 0; j < n; j += kCols) {
     for (int64_t k = 0; k < D; k += kDepth<W>) {
