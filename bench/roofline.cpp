@@ -87,7 +87,39 @@ __attribute__((target("avx512f"))) double tree_avx512(void* memory) {
   return 2.0 * 4 * 32 * kDepth * kCalls;
 }
 
-// The same for sixteen registers: 3 x 16.
+// The same on words of two bf16 (csrc/cpu/avx512_bf16/pairs.h): a [64][4], b [64][32].
+__attribute__((target("avx512f,avx512bf16"))) double tree_avx512_bf16(void* memory) {
+  constexpr int kCalls = 400;
+  const int32_t *a = static_cast<int32_t*>(memory), *b = a + kDepth / 2 * 4;
+  __m512 c[4][2] = {};
+  for (int call = 0; call < kCalls; ++call) {
+    for (int w0 = 0; w0 < kDepth / 2; w0 += 16) {
+      __m512 chain[2][4][2] = {};
+      for (int w = w0; w < w0 + 16; w += 2) {
+#pragma GCC unroll 2
+        for (int parity = 0; parity < 2; ++parity) {
+          const __m512bh b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + (w + parity) * 32));
+          const __m512bh b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + (w + parity) * 32 + 16));
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            const __m512bh row = reinterpret_cast<__m512bh>(_mm512_set1_epi32(a[(w + parity) * 4 + i]));
+            chain[parity][i][0] = _mm512_dpbf16_ps(chain[parity][i][0], row, b0);
+            chain[parity][i][1] = _mm512_dpbf16_ps(chain[parity][i][1], row, b1);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        c[i][0] = _mm512_add_ps(c[i][0], _mm512_add_ps(chain[0][i][0], chain[1][i][0]));
+        c[i][1] = _mm512_add_ps(c[i][1], _mm512_add_ps(chain[0][i][1], chain[1][i][1]));
+      }
+    }
+  }
+  for (int i = 0; i < 4; ++i) g_sink = _mm512_reduce_add_ps(_mm512_add_ps(c[i][0], c[i][1]));
+  return 2.0 * 4 * 32 * kDepth * kCalls;
+}
+
+// The same in fp32 for sixteen registers: 3 x 16.
 __attribute__((target("avx2,fma"))) double tree_avx2(void* memory) {
   constexpr int kCalls = 400;
   const float *a = static_cast<float*>(memory), *b = a + kDepth * 4;
@@ -220,6 +252,9 @@ int main(int argc, char** argv) {
   if (__builtin_cpu_supports("avx512f")) {
     std::printf(", \"fma_avx512\": %.1f", best_rate(fma_avx512, kSmall, threads, seconds));
     std::printf(", \"tree_avx512\": %.1f", best_rate(tree_avx512, kSmall, threads, seconds));
+  }
+  if (__builtin_cpu_supports("avx512bf16")) {
+    std::printf(", \"tree_avx512_bf16\": %.1f", best_rate(tree_avx512_bf16, kSmall, threads, seconds));
   }
   constexpr long kArchReqXcompPerm = 0x1023, kTileData = 18;
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;

@@ -35,7 +35,7 @@ def ceilings(threads: int = 1, seconds: float = 0.2) -> dict[str, float]:
 
 
 def gemm_ceiling(measured: dict[str, float], isa: str) -> tuple[str, float]:
-    """What bounds a bf16 GEMM under an ISA level: tiles fed from L1, or the GEMM tree in fp32 FMA."""
+    """What bounds a bf16 GEMM under an ISA level: tiles fed from L1, or the GEMM tree on the vector unit."""
     name = "tile_l1" if isa == "amx" else f"tree_{isa}"
     return name, measured[name]
 
@@ -43,10 +43,10 @@ def gemm_ceiling(measured: dict[str, float], isa: str) -> tuple[str, float]:
 def main() -> int:
     counts = [int(arg) for arg in sys.argv[1:]] or sorted({1, os.cpu_count() or 1})
     columns = [ceilings(threads, seconds=1.0) for threads in counts]
-    print(f"{'ceiling':14}" + "".join(f"{threads:>10} thr" for threads in counts))
+    print(f"{'ceiling':18}" + "".join(f"{threads:>10} thr" for threads in counts))
     for name in columns[0]:
         unit = "GB/s" if name == "read" else "GFLOP/s"
-        print(f"{name:14}" + "".join(f"{column[name]:14.1f}" for column in columns) + f"  {unit}")
+        print(f"{name:18}" + "".join(f"{column[name]:14.1f}" for column in columns) + f"  {unit}")
     return 0
 
 

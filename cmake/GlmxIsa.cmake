@@ -3,8 +3,9 @@
 set(GLMX_ISA_FLAGS_base "")
 set(GLMX_ISA_FLAGS_avx2 -mavx2 -mfma)
 set(GLMX_ISA_FLAGS_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+set(GLMX_ISA_FLAGS_avx512_bf16 ${GLMX_ISA_FLAGS_avx512} -mavx512bf16)
 set(GLMX_ISA_FLAGS_amx ${GLMX_ISA_FLAGS_avx512} -mamx-tile -mamx-bf16)
-set(GLMX_ISAS base avx2 avx512 amx)
+set(GLMX_ISAS base avx2 avx512 avx512_bf16 amx)
 
 function(glmx_isa_objects isa out)
   file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cpu/${isa}/*.cpp)

@@ -15,14 +15,17 @@ struct Kernel {
   Fn* fn;
 };
 
-// AMX tiles multiply bf16 alone: with fp32 operands its kernels are passed over. The bits are the same either way.
-inline bool takes(Isa kernel, DType operands) { return kernel != Isa::amx || operands == DType::bf16; }
+// Tiles and pairs multiply bf16 alone: with fp32 operands their kernels are passed over. The bits are the same either way.
+inline bool takes(Isa kernel, DType operands) { return kernel < Isa::avx512_bf16 || operands == DType::bf16; }
+
+// A CPU with tiles runs vdpbf16ps at half the rate of FMA [reference/cpu_kernels.md]: what has no tile kernel runs avx512 there.
+inline bool runs_under(Isa kernel, Isa level) { return kernel <= level && !(kernel == Isa::avx512_bf16 && level == Isa::amx); }
 
 template <class Fn, size_t n>
 const Kernel<Fn>& select(const Kernel<Fn> (&table)[n], DType operands = DType::bf16) {
   const Isa active = active_isa();
   for (const Kernel<Fn>& k : table) {
-    if (k.needs <= active && takes(k.needs, operands)) return k;
+    if (runs_under(k.needs, active) && takes(k.needs, operands)) return k;
   }
   return table[n - 1];
 }

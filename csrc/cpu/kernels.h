@@ -51,6 +51,20 @@ GLMX_VECTOR_KERNELS
 namespace glmx::cpu::avx512 {
 GLMX_VECTOR_KERNELS
 }
+namespace glmx::cpu::avx512_bf16 {  // bf16 only
+void grouped_gemm(const GroupedGemmParams& p);
+void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);
+void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);
+void head_gemm(const HeadGemmParams& p);
+void head_gemm_wgrad(const HeadGemmWgradParams& p);
+void attention(const AttentionParams& p);
+void attention_backward(const AttentionBackwardParams& p);
+void indexer_topk(const IndexerTopkParams& p);
+void sparse_mla(const SparseMlaParams& p);
+void sparse_mla_backward(const SparseMlaBackwardParams& p);
+void indexer_kl(const IndexerKlParams& p);
+void indexer_kl_backward(const IndexerKlBackwardParams& p);
+}  // namespace glmx::cpu::avx512_bf16
 namespace glmx::cpu::amx {  // bf16 only
 void grouped_gemm(const GroupedGemmParams& p);
 void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);

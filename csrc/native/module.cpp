@@ -29,12 +29,12 @@ py::list kernel_table(const std::string& isa) {
     level = glmx::active_isa();
   } else {
     bool known = false;
-    for (glmx::Isa candidate : {glmx::Isa::base, glmx::Isa::avx2, glmx::Isa::avx512, glmx::Isa::amx}) {
+    for (glmx::Isa candidate : glmx::kIsas) {
       if (isa != glmx::isa_name(candidate)) continue;
       level = candidate;
       known = true;
     }
-    if (!known) throw py::value_error("isa: expected base, avx2, avx512 or amx: got " + isa);
+    if (!known) throw py::value_error("isa: expected base, avx2, avx512, avx512_bf16 or amx: got " + isa);
   }
   py::list rows;
   for (const glmx::OpInfo& info : glmx::op_table()) {

@@ -10,10 +10,12 @@ namespace {
 using Forward = void(const AttentionParams&);
 using Backward = void(const AttentionBackwardParams&);
 constexpr Kernel<Forward> kForward[] = {{Isa::amx, cpu::amx::attention},
+                                        {Isa::avx512_bf16, cpu::avx512_bf16::attention},
                                         {Isa::avx512, cpu::avx512::attention},
                                         {Isa::avx2, cpu::avx2::attention},
                                         {Isa::base, cpu::base::attention}};
 constexpr Kernel<Backward> kBackward[] = {{Isa::amx, cpu::amx::attention_backward},
+                                          {Isa::avx512_bf16, cpu::avx512_bf16::attention_backward},
                                           {Isa::avx512, cpu::avx512::attention_backward},
                                           {Isa::avx2, cpu::avx2::attention_backward},
                                           {Isa::base, cpu::base::attention_backward}};

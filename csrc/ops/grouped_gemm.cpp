@@ -12,14 +12,17 @@ using Dgrad = void(const GroupedGemmDgradParams&);
 using Wgrad = void(const GroupedGemmWgradParams&);
 using BiasGrad = void(const GroupedGemmBiasGradParams&);
 constexpr Kernel<Forward> kForward[] = {{Isa::amx, cpu::amx::grouped_gemm},
+                                        {Isa::avx512_bf16, cpu::avx512_bf16::grouped_gemm},
                                         {Isa::avx512, cpu::avx512::grouped_gemm},
                                         {Isa::avx2, cpu::avx2::grouped_gemm},
                                         {Isa::base, cpu::base::grouped_gemm}};
 constexpr Kernel<Dgrad> kDgrad[] = {{Isa::amx, cpu::amx::grouped_gemm_dgrad},
+                                    {Isa::avx512_bf16, cpu::avx512_bf16::grouped_gemm_dgrad},
                                     {Isa::avx512, cpu::avx512::grouped_gemm_dgrad},
                                     {Isa::avx2, cpu::avx2::grouped_gemm_dgrad},
                                     {Isa::base, cpu::base::grouped_gemm_dgrad}};
 constexpr Kernel<Wgrad> kWgrad[] = {{Isa::amx, cpu::amx::grouped_gemm_wgrad},
+                                    {Isa::avx512_bf16, cpu::avx512_bf16::grouped_gemm_wgrad},
                                     {Isa::avx512, cpu::avx512::grouped_gemm_wgrad},
                                     {Isa::avx2, cpu::avx2::grouped_gemm_wgrad},
                                     {Isa::base, cpu::base::grouped_gemm_wgrad}};

@@ -9,10 +9,12 @@ namespace {
 using Forward = void(const HeadGemmParams&);
 using Wgrad = void(const HeadGemmWgradParams&);
 constexpr Kernel<Forward> kForward[] = {{Isa::amx, cpu::amx::head_gemm},
+                                        {Isa::avx512_bf16, cpu::avx512_bf16::head_gemm},
                                         {Isa::avx512, cpu::avx512::head_gemm},
                                         {Isa::avx2, cpu::avx2::head_gemm},
                                         {Isa::base, cpu::base::head_gemm}};
 constexpr Kernel<Wgrad> kWgrad[] = {{Isa::amx, cpu::amx::head_gemm_wgrad},
+                                    {Isa::avx512_bf16, cpu::avx512_bf16::head_gemm_wgrad},
                                     {Isa::avx512, cpu::avx512::head_gemm_wgrad},
                                     {Isa::avx2, cpu::avx2::head_gemm_wgrad},
                                     {Isa::base, cpu::base::head_gemm_wgrad}};

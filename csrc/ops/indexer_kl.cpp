@@ -11,9 +11,12 @@ namespace glmx {
 namespace {
 using Forward = void(const IndexerKlParams&);
 using Backward = void(const IndexerKlBackwardParams&);
-constexpr Kernel<Forward> kForward[] = {
-    {Isa::avx512, cpu::avx512::indexer_kl}, {Isa::avx2, cpu::avx2::indexer_kl}, {Isa::base, cpu::base::indexer_kl}};
-constexpr Kernel<Backward> kBackward[] = {{Isa::avx512, cpu::avx512::indexer_kl_backward},
+constexpr Kernel<Forward> kForward[] = {{Isa::avx512_bf16, cpu::avx512_bf16::indexer_kl},
+                                        {Isa::avx512, cpu::avx512::indexer_kl},
+                                        {Isa::avx2, cpu::avx2::indexer_kl},
+                                        {Isa::base, cpu::base::indexer_kl}};
+constexpr Kernel<Backward> kBackward[] = {{Isa::avx512_bf16, cpu::avx512_bf16::indexer_kl_backward},
+                                          {Isa::avx512, cpu::avx512::indexer_kl_backward},
                                           {Isa::avx2, cpu::avx2::indexer_kl_backward},
                                           {Isa::base, cpu::base::indexer_kl_backward}};
 
@@ -28,11 +31,11 @@ void check(const char* op, const Params& p) {
 }
 }  // namespace
 
-OpInfo indexer_kl_info() { return op_info("indexer_kl", "", kIndexerKlRevision, kForward); }
+OpInfo indexer_kl_info(DType operands) { return op_info("indexer_kl", kIndexerKlRevision, kForward, operands); }
 
 void indexer_kl(const IndexerKlParams& p) {
   check("indexer_kl", p);
-  select(kForward).fn(p);
+  select(kForward, p.dtype).fn(p);
 }
 
 int64_t indexer_kl_score_blocks(const IndexerKlBackwardParams& p) {
@@ -53,7 +56,7 @@ void indexer_kl_backward(const IndexerKlBackwardParams& p) {
   GLMX_CHECK(p.score_tokens >= 1, "indexer_kl_backward: expected score_tokens >= 1: got ", p.score_tokens);
   const int64_t blocks = indexer_kl_score_blocks(p);
   GLMX_CHECK(p.score_blocks >= blocks, "indexer_kl_backward: expected score_blocks >= ", blocks, ": got ", p.score_blocks);
-  select(kBackward).fn(p);
+  select(kBackward, p.dtype).fn(p);
 }
 
 }  // namespace glmx

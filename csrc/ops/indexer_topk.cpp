@@ -9,6 +9,7 @@ namespace glmx {
 namespace {
 using Fn = void(const IndexerTopkParams&);
 constexpr Kernel<Fn> kKernels[] = {{Isa::amx, cpu::amx::indexer_topk},
+                                   {Isa::avx512_bf16, cpu::avx512_bf16::indexer_topk},
                                    {Isa::avx512, cpu::avx512::indexer_topk},
                                    {Isa::avx2, cpu::avx2::indexer_topk},
                                    {Isa::base, cpu::base::indexer_topk}};

@@ -5,7 +5,7 @@ namespace glmx {
 
 Isa chosen_isa(const OpInfo& info, Isa level) {
   for (Isa isa : info.kernels) {
-    if (isa <= level) return isa;
+    if (runs_under(isa, level)) return isa;
   }
   return Isa::base;
 }
@@ -26,7 +26,8 @@ const std::vector<OpInfo>& op_table() {
       indexer_topk_info(DType::f32),
       sparse_mla_info(DType::bf16),
       sparse_mla_info(DType::f32),
-      indexer_kl_info(),
+      indexer_kl_info(DType::bf16),
+      indexer_kl_info(DType::f32),
       sample_info(),
       mtp_verify_info(),
       rms_norm_info(),

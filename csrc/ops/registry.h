@@ -11,7 +11,7 @@ OpInfo moe_combine_info();
 OpInfo attention_info(DType operands);
 OpInfo indexer_topk_info(DType operands);
 OpInfo sparse_mla_info(DType operands);
-OpInfo indexer_kl_info();
+OpInfo indexer_kl_info(DType operands);
 OpInfo sample_info();
 OpInfo mtp_verify_info();
 OpInfo rms_norm_info();

@@ -12,10 +12,12 @@ namespace {
 using Forward = void(const SparseMlaParams&);
 using Backward = void(const SparseMlaBackwardParams&);
 constexpr Kernel<Forward> kForward[] = {{Isa::amx, cpu::amx::sparse_mla},
+                                        {Isa::avx512_bf16, cpu::avx512_bf16::sparse_mla},
                                         {Isa::avx512, cpu::avx512::sparse_mla},
                                         {Isa::avx2, cpu::avx2::sparse_mla},
                                         {Isa::base, cpu::base::sparse_mla}};
 constexpr Kernel<Backward> kBackward[] = {{Isa::amx, cpu::amx::sparse_mla_backward},
+                                          {Isa::avx512_bf16, cpu::avx512_bf16::sparse_mla_backward},
                                           {Isa::avx512, cpu::avx512::sparse_mla_backward},
                                           {Isa::avx2, cpu::avx2::sparse_mla_backward},
                                           {Isa::base, cpu::base::sparse_mla_backward}};

@@ -1,7 +1,7 @@
 """Which kernel each op runs under each GLMX_ISA pin: the list is written down, and the table must equal it.
 
-An op without a kernel for a pin names the one it runs. bf16 products have a kernel for every pin; fp32 ones have
-no tile instruction, so under the amx pin they name avx512.
+An op without a kernel for a pin names the one it runs. bf16 products have a kernel for nearly every pin; fp32 ones have no
+instruction for tiles or pairs, so under those pins they name avx512.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import sys
 import pytest
 from tests.build.tree import ISAS, PACKAGE, output, stems
 
-VECTOR = ("base", "avx2", "avx512", "avx512")  # under base, avx2, avx512, amx
-TILES = ("base", "avx2", "avx512", "amx")
+VECTOR = ("base", "avx2", "avx512", "avx512", "avx512")  # under base, avx2, avx512, avx512_bf16, amx
+TILES = ("base", "avx2", "avx512", "avx512_bf16", "amx")
+PAIRS = ("base", "avx2", "avx512", "avx512_bf16", "avx512")
 EXPECTED = {
     "route_topk": VECTOR,
-    "expert_plan": ("base", "base", "base", "base"),
+    "expert_plan": ("base", "base", "base", "base", "base"),
     "grouped_gemm bf16": TILES,
     "grouped_gemm fp32": VECTOR,
     "head_gemm bf16": TILES,
@@ -29,7 +30,8 @@ EXPECTED = {
     "indexer_topk fp32": VECTOR,
     "sparse_mla bf16": TILES,
     "sparse_mla fp32": VECTOR,
-    "indexer_kl": VECTOR,
+    "indexer_kl bf16": PAIRS,
+    "indexer_kl fp32": VECTOR,
     "sample": VECTOR,
     "mtp_verify": VECTOR,
     "rms_norm": VECTOR,
@@ -38,7 +40,7 @@ EXPECTED = {
     "silu_mul": VECTOR,
     "rope": VECTOR,
     "embedding": VECTOR,
-    "cache_append": ("base", "base", "base", "base"),
+    "cache_append": ("base", "base", "base", "base", "base"),
     "lm_head_logprob": VECTOR,
     "sum_squares": VECTOR,
 }
@@ -75,5 +77,5 @@ def test_pin_is_in_force(level):
 
 
 def test_unknown_pin_is_refused_by_name():
-    with pytest.raises(AssertionError, match="GLMX_ISA=sse9: expected one of base, avx2, avx512, amx"):
+    with pytest.raises(AssertionError, match="GLMX_ISA=sse9: expected one of base, avx2, avx512, avx512_bf16, amx"):
         in_process("sse9")

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "glmx"
 OPS_H = ROOT / "csrc" / "include" / "glmx" / "ops.h"
 SITE = pathlib.Path(sysconfig.get_path("purelib"))  # the packages of the environment that runs the tests
-ISAS = ("base", "avx2", "avx512", "amx")
+ISAS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def stems() -> list[str]:

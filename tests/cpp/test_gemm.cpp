@@ -12,6 +12,7 @@ namespace cpu = glmx::cpu;
 const test::KernelSet kBase{cpu::base::grouped_gemm, cpu::base::grouped_gemm_dgrad, cpu::base::grouped_gemm_wgrad};
 const test::KernelSet kAvx2{cpu::avx2::grouped_gemm, cpu::avx2::grouped_gemm_dgrad, cpu::avx2::grouped_gemm_wgrad};
 const test::KernelSet kAvx512{cpu::avx512::grouped_gemm, cpu::avx512::grouped_gemm_dgrad, cpu::avx512::grouped_gemm_wgrad};
+const test::KernelSet kPairs{cpu::avx512_bf16::grouped_gemm, cpu::avx512_bf16::grouped_gemm_dgrad, cpu::avx512_bf16::grouped_gemm_wgrad};
 const test::KernelSet kAmx{cpu::amx::grouped_gemm, cpu::amx::grouped_gemm_dgrad, cpu::amx::grouped_gemm_wgrad};
 
 void equal_to_base(const test::KernelSet& kernels, DType dtype) {
@@ -39,6 +40,11 @@ TEST(gemm, avx512_equals_base) {
   equal_to_base(kAvx512, DType::f32);
 }
 
+TEST(gemm, avx512_bf16_equals_base) {
+  if (glmx::machine_isa() < Isa::avx512_bf16) SKIP("this CPU has no avx512_bf16");
+  equal_to_base(kPairs, DType::bf16);
+}
+
 // The kernel packs and stores with AVX-512; its tiles are the software twin's.
 TEST(amx, software_twin_equals_base) {
   if (glmx::machine_isa() < Isa::avx512) SKIP("this CPU has no avx512");
@@ -59,6 +65,7 @@ TEST(gemm, padded_steps_are_not_free) {
   std::vector<const test::KernelSet*> sets = {&kBase};
   if (isa >= Isa::avx2) sets.push_back(&kAvx2);
   if (isa >= Isa::avx512) sets.insert(sets.end(), {&kAvx512, &kAmx});
+  if (isa >= Isa::avx512_bf16) sets.push_back(&kPairs);
   for (const test::KernelSet* kernels : sets) {
     uint32_t out = 1;
     glmx::GroupedGemmParams p{};

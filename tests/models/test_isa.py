@@ -50,7 +50,7 @@ def test_logits_on_software_tiles_equal_bases(base):
     assert digest("amx", LD_LIBRARY_PATH=str(TWIN)) == base
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_logits_equal_bases(isa, base):
     if isa not in _native.supported_isas():
         pytest.skip(f"this machine has no {isa}")

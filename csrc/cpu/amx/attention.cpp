@@ -24,7 +24,7 @@ namespace {
 #include "cpu/avx512/vec.h"
 #include "cpu/avx512/vec64.h"
 
-constexpr int kRows = 6, kVecs = 2;  // as avx512
+constexpr int kRows = 4, kVecs = 2;  // as avx512
 
 #include "cpu/amx/tile.h"
 #include "cpu/avx512/transpose.h"

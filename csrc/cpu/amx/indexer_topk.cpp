@@ -22,7 +22,7 @@ namespace glmx::cpu::amx {
 namespace {
 #include "cpu/avx512/vec.h"
 
-constexpr int kRows = 6, kVecs = 2;  // as avx512
+constexpr int kRows = 4, kVecs = 2;  // as avx512
 
 #include "cpu/amx/tile.h"
 #include "cpu/avx512/transpose.h"
@@ -59,11 +59,11 @@ struct TileProducts {
       }
     }
   }
-  void fetch_keys(const T* k, int64_t n) const {
-    for (int64_t i = 0; i < n * depth; i += 32) __builtin_prefetch(k + i);
-  }
-  void multiply(int64_t i, float* out) const {
+  int64_t calls() const { return (heads + 31) / 32; }
+  template <class Meanwhile>
+  void multiply(int64_t i, float* out, Meanwhile& meanwhile) const {
     for (int64_t h = 0; h < heads; h += 32) {
+      meanwhile();
       const Left left{nullptr, 0, 0, queries + i * token_halves() + h / 32 * steps * 2 * kTile};
       tile_product_of(heads - h, kKeys, left, keys, keys + steps * kTile, steps, true, out + h * kKeys, kKeys);
     }

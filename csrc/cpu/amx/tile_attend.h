@@ -68,7 +68,7 @@ struct TileUnit {
              Meanwhile&& meanwhile = {}) const {
       int64_t whole = from;
       while (whole < rows && seen[whole] < n) ++whole;
-      if (from < whole) queries_times_values(p, seen, from, whole, values, stride, n, D, panel, acc, ld);
+      if (from < whole) queries_times_values(p, seen, from, whole, values, stride, n, D, panel, panel, acc, ld);
       const int64_t steps = (n + 31) / 32;
       for (int64_t i = whole; i < rows; i += 16) {
         for (int64_t b = 0; b < steps; ++b) {

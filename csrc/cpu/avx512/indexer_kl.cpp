@@ -13,7 +13,7 @@ namespace {
 #include "cpu/avx512/vec.h"
 #include "cpu/avx512/vec64.h"
 
-constexpr int kRows = 6, kVecs = 2;  // 24 accumulators, 2 of the panel, 1 broadcast: 27 of 32 registers
+constexpr int kRows = 4, kVecs = 2;  // 16 accumulators, 2 of the panel, 1 broadcast
 
 #include "cpu/avx512/transpose.h"
 #include "cpu/inl/indexer_kl.inl"

@@ -1,19 +1,31 @@
 // Query rows that share one list of keys: their attention to it, and its gradients. What attention and sparse_mla are made of.
 // Included after vec.h, vec64.h and transpose.h, inside their anonymous namespace; numerics as ops.h says under "Attention".
 #pragma once
+#include "cpu/inl/fetch_rows.inl"
 #include "cpu/inl/gemm_tile.inl"
 #include "cpu/inl/math64.inl"
 #include "cpu/inl/pieces.inl"
 #include "cpu/inl/rows.inl"
 #include "cpu/inl/vec_math.inl"
 
-// Where a tile's elements are in a block of probabilities [query rows][kBlockKeys]: a tile row is a query row, or a key.
-struct QueryTile {
-  static constexpr int row = static_cast<int>(kBlockKeys), depth = 1, block = 32;
+// Where a tile's words are in a block of weights, as weight_words and key_words leave it: a tile row is a query row, or a key.
+template <class W>
+struct QueryTile {  // [query rows][kBlockKeys / kPerWord]
+  static constexpr int row = static_cast<int>(kBlockKeys) / kPerWord<W>, depth = 1, block = kBlockWords<W>;
 };
-struct KeyTile {
-  static constexpr int row = 1, depth = static_cast<int>(kBlockKeys), block = 32 * static_cast<int>(kBlockKeys);
+template <class W>
+struct KeyTile {  // [words][kBlockKeys]
+  static constexpr int row = 1, depth = static_cast<int>(kBlockKeys), block = kBlockWords<W> * static_cast<int>(kBlockKeys);
 };
+
+// Weights p [rows][kBlockKeys], rounded to the operands' dtype, as words of depth over the keys, or over the rows. Words of fp32 are the
+// weights themselves; others are packed into `room`.
+inline const float* weight_words(const float* p, int64_t, float*) { return p; }
+inline const float* key_words(const float* p, int64_t, int64_t, float*) { return p; }
+template <class W>
+inline int64_t weight_room(int64_t rows) {
+  return kPerWord<W> == 1 ? 0 : round_up(rows, 4) * kBlockKeys / kPerWord<W>;
+}
 
 // Query rows [first, first + count) of a list that holds, from `token` on, `heads` heads of each token, from head `head` on.
 // Each token sees one key more than the token before it.
@@ -42,64 +54,40 @@ struct AttendShape {
   float scale;
 };
 
+// Words of a packed row of D elements.
 template <class T>
-inline void pack_query_tiles(const QueryRows& rows, const T* matrix, int64_t D, float* tiles) {
+inline int64_t row_words(int64_t D) {
+  return round_up(D, 32) / kPerWord<Word<T>>;
+}
+
+template <class T>
+inline void pack_query_tiles(const QueryRows& rows, const T* matrix, int64_t D, Word<T>* tiles) {
   for (int64_t i = 0; i < rows.count; i += kRows) {
-    pack_tile<T>([&](int64_t r) { return matrix + rows.at(i + r) * D; }, least(kRows, rows.count - i), D, tiles + i * round_up(D, 32));
+    pack_tile<T>([&](int64_t r) { return matrix + rows.at(i + r) * D; }, least(kRows, rows.count - i), D, tiles + i * row_words<T>(D));
   }
 }
 
-// Rows [at, end) of `bytes` each that the next block of keys will read: row(i) is where row i lies. They are fetched into L2 over so many
-// calls, so that memory works while tiles are multiplied: rows of one kv head lie far apart, where the CPU's own fetching does not follow.
-template <class Row>
-struct FetchRows {
-  Row row;
-  const char* now;
-  int64_t next, end, bytes, lines, left;  // left: bytes of the row at `now`
-  FetchRows(Row where, int64_t first, int64_t last, int64_t row_bytes, int64_t calls)
-      : row(where),
-        now(nullptr),
-        next(first),
-        end(last),
-        bytes(row_bytes),
-        lines((last - first) * ((bytes + 63) / 64) / calls + 1),
-        left(0) {}
-  void operator()() {
-    const char* line = now;
-    int64_t of_row = left;
-    for (int64_t i = 0; i < lines; ++i, line += 64, of_row -= 64) {
-      if (of_row <= 0) {
-        if (next >= end) break;
-        line = reinterpret_cast<const char*>(row(next++));
-        of_row = bytes;
-      }
-      __builtin_prefetch(line, 0, 2);
-    }
-    now = line;
-    left = of_row;
-  }
-};
-
 // out[i][key] = query row i . key, for rows [from, rows), `from` at the start of a tile.
 template <class T, class Meanwhile = const Nothing>
-inline void queries_times_keys(const float* tiles, int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, int64_t D,
-                               float* panel, float* out, Meanwhile&& meanwhile = {}) {
-  if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys);
+inline void queries_times_keys(const Word<T>* tiles, int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, int64_t D,
+                               Word<T>* panel, float* out, Meanwhile&& meanwhile = {}) {
+  using W = Word<T>;
+  if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys, keys + n * stride);
   std::memset(out + from * kBlockKeys, 0, static_cast<size_t>((rows - from) * kBlockKeys) * 4);
   for (int64_t j = 0; j < n; j += kCols) {
-    for (int64_t k = 0; k < D; k += kDepth) {
-      const int64_t now = least(kDepth, D - k);
+    for (int64_t k = 0; k < D; k += kDepth<W>) {
+      const int64_t now = least(kDepth<W>, D - k);
       pack_panel_rows(keys + j * stride + k, stride, least(kCols, n - j), now, panel);
       for (int64_t i = from; i < rows; i += kRows) {
-        tile_times_panel_n<PackedRows>(rows - i, tiles + i * round_up(D, 32) + k * kRows, panel, out + i * kBlockKeys + j, kBlockKeys, now,
-                                       meanwhile);
+        tile_times_panel_n<PackedRows<W>>(rows - i, tiles + i * row_words<T>(D) + k / kPerWord<W> * kRows, panel, out + i * kBlockKeys + j,
+                                          kBlockKeys, now, meanwhile);
       }
     }
   }
 }
 
 constexpr int64_t kValueCols = 128;  // of values that are packed at a time, a row after the other: rows may lie a power of two apart
-constexpr int64_t kPanelFloats = kBlockKeys * kValueCols;  // one buffer for the panels of all products of an item: it stays in L1
+constexpr int64_t kPanelWords = kBlockKeys * kValueCols;  // one buffer for the panels of all products of an item: it stays in L1
 
 // n rows of `cols` values -> panels [kCols] of n rows each.
 template <class T>
@@ -116,23 +104,34 @@ inline void pack_values(const T* values, int64_t stride, int64_t n, int64_t cols
   }
 }
 
+// A tile of rows that see the first `seen` of a panel's n values @ those. Words of fp32 end where the last value that is seen does.
+template <class Meanwhile>
+inline void times_seen(int64_t rows, const float* weights, const float* panel, float* acc, int64_t ld, int64_t seen, int64_t,
+                       Meanwhile&& meanwhile) {
+  tile_times_panel_n<QueryTile<float>>(rows, weights, panel, acc, ld, seen, meanwhile);
+}
+
 // acc[i] += p[i] @ rows of `values`, for rows [from, rows): row i takes its first seen[i] keys and touches no other.
+// room: words for weights that must be packed, [rows][kBlockKeys / kPerWord].
 template <class T, class Meanwhile = const Nothing>
 inline void queries_times_values(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride,
-                                 int64_t n, int64_t D, float* panels, float* acc, int64_t ld, Meanwhile&& meanwhile = {}) {
+                                 int64_t n, int64_t D, Word<T>* room, Word<T>* panels, float* acc, int64_t ld, Meanwhile&& meanwhile = {}) {
+  using W = Word<T>;
+  const W* weights = weight_words(p + from * kBlockKeys, rows - from, room);
   for (int64_t first = 0; first < D; first += kValueCols) {
     const int64_t cols = least(kValueCols, D - first);
     pack_values(values + first, stride, n, cols, panels);
     for (int64_t j = 0; j < cols; j += kCols) {
       for (int64_t i = from, end; i < rows; i = end) {
         for (end = i + 1; end < least(rows, i + kRows) && seen[end] == seen[i];) ++end;
-        tile_times_panel_n<QueryTile>(end - i, p + i * kBlockKeys, panels + j * n, acc + i * ld + first + j, ld, seen[i], meanwhile);
+        times_seen(end - i, weights + (i - from) * QueryTile<W>::row, panels + j * words_of<W>(n), acc + i * ld + first + j, ld, seen[i], n,
+                   meanwhile);
       }
     }
   }
 }
 
-// How an item's products are made: by the GEMM tree in fp32 FMA. Everything else is independent of it: a kernel for another matrix unit
+// How an item's products are made: by the GEMM tree on the vector unit. Everything else is independent of it: a kernel for a matrix unit
 // replaces this struct.
 template <class Element>
 struct FmaUnit {
@@ -143,9 +142,9 @@ struct FmaUnit {
   // Query rows of D elements, packed.
   struct Queries {
     int64_t D;
-    float *tiles, *panel;
+    Word<T>*tiles, *panel;
     Queries(Pieces& pieces, int64_t rows, int64_t depth, float* shared)
-        : D(depth), tiles(pieces.take(round_up(rows, kRows) * round_up(D, 32))), panel(shared) {}
+        : D(depth), tiles(pieces.take<Word<T>>(round_up(rows, kRows) * row_words<T>(D))), panel(reinterpret_cast<Word<T>*>(shared)) {}
     void pack(const QueryRows& rows, const T* matrix) const { pack_query_tiles(rows, matrix, D, tiles); }
     // out[i][key] = row i . key for rows [from, rows), `from` at the start of a tile.
     template <class Meanwhile = const Nothing>
@@ -157,14 +156,19 @@ struct FmaUnit {
   // Sums of weighted rows of D elements: acc [rows][ld].
   struct Sums {
     int64_t D, ld;
-    float *acc, *panel;
+    float* acc;
+    Word<T>*panel, *room;
     Sums(Pieces& pieces, int64_t rows, int64_t width, float* shared)
-        : D(width), ld(round_up(D, kCols)), acc(pieces.take(rows * ld)), panel(shared) {}
+        : D(width),
+          ld(round_up(D, kCols)),
+          acc(pieces.take(rows * ld)),
+          panel(reinterpret_cast<Word<T>*>(shared)),
+          room(pieces.take<Word<T>>(weight_room<Word<T>>(rows))) {}
     // acc[i] += p[i] @ rows of `values`, for rows [from, rows): row i takes its first seen[i] values and touches no other.
     template <class Meanwhile = const Nothing>
     void add(const float* p, const int32_t* seen, int64_t from, int64_t rows, const T* values, int64_t stride, int64_t n,
              Meanwhile&& meanwhile = {}) const {
-      queries_times_values(p, seen, from, rows, values, stride, n, D, panel, acc, ld, meanwhile);
+      queries_times_values(p, seen, from, rows, values, stride, n, D, room, panel, acc, ld, meanwhile);
     }
   };
 };
@@ -203,7 +207,7 @@ struct ForwardPlan {
     alpha = pieces.take(rows);
     sum = pieces.take(rows);
     total = pieces.take(rows);
-    seen = reinterpret_cast<int32_t*>(pieces.take(rows));
+    seen = pieces.take<int32_t>(rows);
     gathered = reinterpret_cast<typename Unit::T*>(pieces.take(gathered_rows * shape.Dk));
   }
 };
@@ -215,7 +219,7 @@ struct ForwardPlans {
   const AttendShape& shape;
   float *panel, *first;
   ForwardPlans(Pieces& pieces, int64_t groups, int64_t row_count, const AttendShape& attend_shape, int64_t gathered)
-      : rows(row_count), gathered_rows(gathered), shape(attend_shape), panel(pieces.take(kPanelFloats)) {
+      : rows(row_count), gathered_rows(gathered), shape(attend_shape), panel(pieces.take(kPanelWords)) {
     Pieces one{nullptr};
     [[maybe_unused]] const ForwardPlan<Unit> counted(one, rows, shape, gathered_rows, nullptr);
     size = one.used;
@@ -384,14 +388,14 @@ struct QueryGradientPlan {
   int32_t* seen;
   typename Unit::T* gathered;
   QueryGradientPlan(Pieces& pieces, int64_t rows, const AttendShape& shape, int64_t gathered_rows)
-      : panel(pieces.take(kPanelFloats)),
+      : panel(pieces.take(kPanelWords)),
         q(pieces, rows, shape.Dk, panel),
         d_out(pieces, rows, shape.Dv, panel),
         sums(pieces, rows, shape.Dk, panel) {
     const int64_t all = round_up(rows, Unit::kTileRows);
     s = pieces.take(all * kBlockKeys);
     dp = pieces.take(all * kBlockKeys);
-    seen = reinterpret_cast<int32_t*>(pieces.take(rows));
+    seen = pieces.take<int32_t>(rows);
     gathered = reinterpret_cast<typename Unit::T*>(pieces.take(gathered_rows * shape.Dk));
   }
 };

@@ -156,37 +156,43 @@ void query_gradient_item(void* context, int64_t item) {
 
 constexpr int64_t kChunkRows = 64;  // query rows at a time under a block of keys: two blocks of 32 of the tree
 
+template <class T>
 struct KeyGradientPlan {
-  float *k, *v, *q, *d_out, *s, *dp, *d_k, *d_v, *panel;
-  int64_t Dk_padded, Dv_padded, k_ld, v_ld;
+  using W = Word<T>;
+  W *k, *v, *q, *d_out, *panel, *room;
+  float *s, *dp, *d_k, *d_v;
+  int64_t k_words, v_words, k_ld, v_ld;
   KeyGradientPlan(Pieces& pieces, int64_t Dk, int64_t Dv, bool shared)
-      : Dk_padded(round_up(Dk, 32)), Dv_padded(round_up(Dv, 32)), k_ld(round_up(Dk, kCols)), v_ld(round_up(Dv, kCols)) {
-    k = pieces.take(kBlockKeys * Dk_padded);
-    v = shared ? k : pieces.take(kBlockKeys * Dv_padded);
-    q = pieces.take(round_up(kChunkRows, kRows) * Dk_padded);
-    d_out = pieces.take(round_up(kChunkRows, kRows) * Dv_padded);
+      : k_words(row_words<T>(Dk)), v_words(row_words<T>(Dv)), k_ld(round_up(Dk, kCols)), v_ld(round_up(Dv, kCols)) {
+    k = pieces.take<W>(kBlockKeys * k_words);
+    v = shared ? k : pieces.take<W>(kBlockKeys * v_words);
+    q = pieces.take<W>(round_up(kChunkRows, kRows) * k_words);
+    d_out = pieces.take<W>(round_up(kChunkRows, kRows) * v_words);
     s = pieces.take(round_up(kChunkRows, kRows) * kBlockKeys);
     dp = pieces.take(round_up(kChunkRows, kRows) * kBlockKeys);
     d_k = pieces.take((kBlockKeys + kRows) * k_ld);
     d_v = pieces.take((kBlockKeys + kRows) * v_ld);
-    panel = pieces.take(kChunkRows * kCols);
+    panel = pieces.take<W>(kChunkRows * kCols);
+    room = pieces.take<W>(weight_room<W>(kChunkRows));
   }
 };
 
-// All panels of a block of keys: panel j holds keys [j * kCols, ...), [depth][kCols].
+// All panels of a block of keys: panel j holds keys [j * kCols, ...), [words][kCols].
 template <class T>
-inline void pack_key_panels(const T* keys, int64_t stride, int64_t n, int64_t D, float* panels) {
-  for (int64_t j = 0; j < n; j += kCols) pack_panel_rows(keys + j * stride, stride, least(kCols, n - j), D, panels + j * round_up(D, 32));
+inline void pack_key_panels(const T* keys, int64_t stride, int64_t n, int64_t D, Word<T>* panels) {
+  for (int64_t j = 0; j < n; j += kCols) pack_panel_rows(keys + j * stride, stride, least(kCols, n - j), D, panels + j * row_words<T>(D));
 }
 
-// out[i][key] = tile row i . key, for packed panels of `depth` columns each.
-inline void tiles_times_panels(const float* tiles, int64_t rows, int64_t D, const float* panels, int64_t depth, int64_t n, float* out) {
+// out[i][key] = tile row i . key, for packed panels of `words` rows each.
+template <class T, class W = Word<T>>
+inline void tiles_times_panels(const W* tiles, int64_t rows, int64_t D, const W* panels, int64_t words, int64_t n, float* out) {
   std::memset(out, 0, static_cast<size_t>(rows * kBlockKeys) * 4);
   for (int64_t j = 0; j < n; j += kCols) {
-    for (int64_t k = 0; k < D; k += kDepth) {
+    for (int64_t k = 0; k < D; k += kDepth<W>) {
       for (int64_t i = 0; i < rows; i += kRows) {
-        tile_times_panel_n<PackedRows>(rows - i, tiles + i * round_up(D, 32) + k * kRows, panels + j * depth + k * kCols,
-                                       out + i * kBlockKeys + j, kBlockKeys, least(kDepth, D - k));
+        tile_times_panel_n<PackedRows<W>>(rows - i, tiles + i * row_words<T>(D) + k / kPerWord<W> * kRows,
+                                          panels + j * words + k / kPerWord<W> * kCols, out + i * kBlockKeys + j, kBlockKeys,
+                                          least(kDepth<W>, D - k));
       }
     }
   }
@@ -194,12 +200,13 @@ inline void tiles_times_panels(const float* tiles, int64_t rows, int64_t D, cons
 
 // acc[key] += the sum over rows of p[row][key] * matrix[row].
 template <class T>
-inline void keys_times_queries(const float* p, const QueryRows& rows, const T* matrix, int64_t D, int64_t n, float* panel, float* acc,
-                               int64_t ld) {
+inline void keys_times_queries(const float* p, const QueryRows& rows, const T* matrix, int64_t D, int64_t n, Word<T>* room, Word<T>* panel,
+                               float* acc, int64_t ld) {
+  const Word<T>* weights = key_words(p, rows.count, kBlockKeys, room);
   for (int64_t j = 0; j < D; j += kCols) {
     pack_panel_columns<T>([&](int64_t r) { return matrix + rows.at(r) * D + j; }, least(kCols, D - j), rows.count, panel);
     for (int64_t key = 0; key < n; key += kRows) {
-      tile_times_panel_n<KeyTile>(n - key, p + key, panel, acc + key * ld + j, ld, rows.count);
+      tile_times_panel_n<KeyTile<Word<T>>>(n - key, weights + key, panel, acc + key * ld + j, ld, rows.count);
     }
   }
 }
@@ -207,7 +214,7 @@ inline void keys_times_queries(const float* p, const QueryRows& rows, const T* m
 template <class T>
 void key_gradient(const AttentionBackwardParams& p, int64_t sequence, int64_t group, int64_t first, int64_t n) {
   const bool shared = p.v == nullptr;
-  const auto plan = plan_in_scratch<KeyGradientPlan>(p.Dk, p.Dv, shared);
+  const auto plan = plan_in_scratch<KeyGradientPlan<T>>(p.Dk, p.Dv, shared);
   const CachedKeys<T> keys = keys_of<T>(p, sequence, group);
   const KeyBlock<T> block = keys.block(first, n, nullptr);
   const AttendGradient<T> in = gradient_of<T>(p);
@@ -223,15 +230,15 @@ void key_gradient(const AttentionBackwardParams& p, int64_t sequence, int64_t gr
     rows.count = least(kChunkRows, all.count - rows.first);
     pack_query_tiles(rows, in.q, p.Dk, plan.q);
     pack_query_tiles(rows, in.d_out, p.Dv, plan.d_out);
-    tiles_times_panels(plan.q, rows.count, p.Dk, plan.k, plan.Dk_padded, n, plan.s);
-    tiles_times_panels(plan.d_out, rows.count, p.Dv, plan.v, shared ? plan.Dk_padded : plan.Dv_padded, n, plan.dp);
+    tiles_times_panels<T>(plan.q, rows.count, p.Dk, plan.k, plan.k_words, n, plan.s);
+    tiles_times_panels<T>(plan.d_out, rows.count, p.Dv, plan.v, shared ? plan.k_words : plan.v_words, n, plan.dp);
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t at = rows.at(i), left = rows.seen(i) - first;
       const int32_t seen = static_cast<int32_t>(left < 0 ? 0 : least(left, n));
       score_gradient<T>(plan.s + i * kBlockKeys, plan.dp + i * kBlockKeys, seen, p.scale, in.lse[at], in.delta[at]);
     }
-    keys_times_queries(plan.s, rows, in.d_out, p.Dv, n, plan.panel, plan.d_v, plan.v_ld);
-    keys_times_queries(plan.dp, rows, in.q, p.Dk, n, plan.panel, plan.d_k, plan.k_ld);
+    keys_times_queries(plan.s, rows, in.d_out, p.Dv, n, plan.room, plan.panel, plan.d_v, plan.v_ld);
+    keys_times_queries(plan.dp, rows, in.q, p.Dk, n, plan.room, plan.panel, plan.d_k, plan.k_ld);
   }
 
   const int64_t row = p.sequences.cu_seqlens_k[sequence] + first;

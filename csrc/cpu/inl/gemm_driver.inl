@@ -4,10 +4,21 @@
 #pragma once
 #include "cpu/inl/gemm_tile.inl"
 
-constexpr int64_t kBlockRows = 288;  // results of kBlockRows x kBlockCols (288 KB) and the packed rows (144 KB) stay in a 1 MB L2
-constexpr int64_t kBlockCols = 256;  // packing a row block is shared by 256 columns, packing a panel by up to 288 rows
-constexpr int64_t kFewRows = 32;     // up to so many rows, an item has 64 columns: more items for the threads of a decode step
-constexpr int64_t kPackedRows = 160 * 1024 / 4;  // floats of packed rows per chunk, when few rows allow a chunk longer than kDepth
+constexpr int64_t kBlockRows = 288;         // results of kBlockRows x kBlockCols (288 KB) and the packed rows (144 KB) stay in a 1 MB L2
+constexpr int64_t kBlockCols = 256;         // packing a row block is shared by 256 columns, packing a panel by up to 288 rows
+constexpr int64_t kDirectRows = 2 * kRows;  // of a forward whose weights are not packed
+constexpr int64_t kFewRows = 32;            // up to so many rows, an item has 64 columns: more items for the threads of a decode step
+// But an item of so few that its weights are not packed takes 64 to kTileCols columns, as many as leave each thread kItemsPerThread items:
+// the first 16 come unfetched where another thread had the item before. 512 columns read 3 to 8 % faster than 64 (Zen 5, one thread).
+constexpr int64_t kTileCols = 512, kItemsPerThread = 8;
+constexpr int64_t kPackedRows = 160 * 1024 / 4;  // words of packed rows per chunk, when few rows allow a chunk longer than kDepth
+
+// One call: the op, how many threads work on it, and the columns of an item of up to kDirectRows rows.
+template <class Op>
+struct Call {
+  const Op& op;
+  int64_t threads, tile_cols;
+};
 
 // How one expert's results are cut into work items. Row blocks are evened out, so that 300 rows are not 288 and 12.
 struct Cut {
@@ -15,59 +26,88 @@ struct Cut {
 };
 
 template <class Op>
-inline Cut cut(const Op& op, int64_t e) {
+inline Cut cut(const Call<Op>& call, int64_t e) {
+  const Op& op = call.op;
   const int64_t rows = op.rows(e);
   if (rows == 0) return {};
   Cut c;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   c.block_rows = round_up((rows + blocks - 1) / blocks, kRows);
   c.row_blocks = (rows + c.block_rows - 1) / c.block_rows;
-  c.block_cols = (Op::kPanelRows && rows <= kFewRows ? 64 : kBlockCols) / op.halves();
+  c.block_cols = (!Op::kPanelRows || rows > kFewRows ? kBlockCols : rows > kDirectRows ? 64 : call.tile_cols) / op.halves();
   c.col_blocks = (op.width() + c.block_cols - 1) / c.block_cols;
   return c;
 }
 
-// A block of one tile of rows: the weights go from where they lie straight into the sums.
-template <class Op>
-void run_few(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
+// A block of one or two tiles of rows: the weights go from where they lie straight into the sums, the second tile's from the cache.
+// `next`: the weights that follow.
+template <class Op, class T>
+void run_few(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const T* next) {
+  using W = typename Op::W;
   const int64_t halves = op.halves(), width = round_up(cols, 16), ldc = halves * width, depth = op.depth(e);
-  float* c = static_cast<float*>(thread_scratch(Scratch::item, (kRows * ldc + kRows * round_up(depth, 32)) * 4));
-  float* tile = c + kRows * ldc;
-  op.pack_rows(e, row0, rows, 0, depth, tile);
+  const int64_t words = round_up(depth, 32) / kPerWord<W>, step = rows <= kRows ? cols : 16;
+  float* c = static_cast<float*>(thread_scratch(Scratch::item, kDirectRows * (ldc + words) * 4));
+  W* tiles = reinterpret_cast<W*>(c + kDirectRows * ldc);
+  for (int64_t i = 0; i < rows; i += kRows) op.pack_rows(e, row0 + i, least(kRows, rows - i), 0, depth, tiles + i * words);
   for (int64_t half = 0; half < halves; ++half) {
-    tile_times_rows_n(rows, tile, op.weights(e, half, col0), op.stride(), cols, depth, c + half * width, ldc);
+    const T *w = op.weights(e, half, col0), *after = half + 1 < halves ? op.weights(e, half + 1, col0) : next;
+    for (int64_t j = 0; j < cols; j += step) {
+      for (int64_t i = 0; i < rows; i += kRows) {
+        tile_times_rows_n(least(kRows, rows - i), tiles + i * words, w + j * op.stride(), op.stride(), least(step, cols - j), depth,
+                          c + i * ldc + half * width + j, ldc,
+                          i > 0             ? nullptr
+                          : j + step < cols ? w + (j + step) * op.stride()
+                                            : after);
+      }
+    }
   }
   for (int64_t i = 0; i < rows; ++i) op.store(e, row0 + i, col0, cols, c + i * ldc, c + i * ldc + width);
 }
 
+// Where item `item` is, counted from 0 without the tail's; e == experts() past the end.
+struct Place {
+  int64_t e, row, rows, col, cols;
+};
+
 template <class Op>
-void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64_t col_block) {
-  const int64_t row0 = row_block * cut.block_rows, rows = least(cut.block_rows, op.rows(e) - row0);
-  const int64_t col0 = col_block * cut.block_cols, cols = least(cut.block_cols, op.width() - col0);
-  if constexpr (Op::kPanelRows) {
-    if (rows <= kRows) return run_few(op, e, row0, rows, col0, cols);
+inline Place place(const Call<Op>& call, int64_t item) {
+  const Op& op = call.op;
+  for (int64_t e = 0; e < op.experts(); ++e) {
+    const Cut c = cut(call, e);
+    if (item >= c.row_blocks * c.col_blocks) {
+      item -= c.row_blocks * c.col_blocks;
+      continue;
+    }
+    const int64_t row = item / c.col_blocks * c.block_rows, col = item % c.col_blocks * c.block_cols;
+    return {e, row, least(c.block_rows, op.rows(e) - row), col, least(c.block_cols, op.width() - col)};
   }
+  return {op.experts(), 0, 0, 0, 0};
+}
+
+template <class Op>
+void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
+  using W = typename Op::W;
   const int64_t panels = (cols + kCols - 1) / kCols, halves = op.halves(), ldc = halves * panels * kCols;
   const int64_t tiles = (rows + kRows - 1) / kRows, depth = op.depth(e);
-  int64_t chunk = kDepth;
-  if (Op::kPanelRows && chunk < kPackedRows / (tiles * kRows)) chunk = kPackedRows / (tiles * kRows) / kDepth * kDepth;
-  chunk = least(chunk, round_up(depth, 32));
+  const int64_t fitting = kPackedRows * kPerWord<W> / (tiles * kRows);
+  const int64_t chunk = least(Op::kPanelRows && fitting > kDepth<W> ? fitting / kDepth<W> * kDepth<W> : kDepth<W>, round_up(depth, 32));
 
-  float* c = static_cast<float*>(thread_scratch(Scratch::item, (tiles * kRows * ldc + tiles * kRows * chunk + 16 + kDepth * kCols) * 4));
-  float* panel = c + tiles * kRows * ldc;
-  float* packed = panel + kDepth * kCols;
+  const int64_t panel_words = kDepth<W> / kPerWord<W> * kCols, packed_words = tiles * kRows * chunk / kPerWord<W> + 16;
+  float* c = static_cast<float*>(thread_scratch(Scratch::item, (tiles * kRows * ldc + packed_words + panel_words) * 4));
+  W* panel = reinterpret_cast<W*>(c + tiles * kRows * ldc);
+  W* packed = panel + panel_words;
   std::memset(c, 0, static_cast<size_t>(rows * ldc) * 4);
   for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
-    const int64_t steps = least(chunk, depth - k0), padded = round_up(steps, 32);
+    const int64_t steps = least(chunk, depth - k0), tile_words = kRows * round_up(steps, 32) / kPerWord<W>;
     for (int64_t t = 0; t < tiles; ++t)
-      op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * kRows * padded);
+      op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * tile_words);
     for (int64_t j = 0; j < halves * panels; ++j) {
       const int64_t half = j / panels, col = j % panels * kCols;
-      for (int64_t k = 0; k < steps; k += kDepth) {
-        const int64_t now = least(kDepth, steps - k);
+      for (int64_t k = 0; k < steps; k += kDepth<W>) {
+        const int64_t now = least(kDepth<W>, steps - k);
         op.pack_cols(e, half, col0 + col, least(kCols, cols - col), k0 + k, now, panel);
         for (int64_t t = 0; t < tiles; ++t) {
-          tile_times_panel_n<typename Op::Layout>(rows - t * kRows, packed + t * kRows * padded + k * kRows, panel,
+          tile_times_panel_n<typename Op::Layout>(rows - t * kRows, packed + t * tile_words + k / kPerWord<W> * kRows, panel,
                                                   c + t * kRows * ldc + j * kCols, ldc, now);
         }
       }
@@ -78,24 +118,35 @@ void run_block(const Op& op, const Cut& cut, int64_t e, int64_t row_block, int64
 
 template <class Op>
 void run_item(void* context, int64_t item) {
-  const Op& op = *static_cast<const Op*>(context);
+  const Call<Op>& call = *static_cast<const Call<Op>*>(context);
+  const Op& op = call.op;
   if (item == 0) return op.zero_tail();
-  --item;
-  for (int64_t e = 0; e < op.experts(); ++e) {
-    const Cut c = cut(op, e);
-    const int64_t items = c.row_blocks * c.col_blocks;
-    if (item < items) return run_block(op, c, e, item / c.col_blocks, item % c.col_blocks);
-    item -= items;
+  const Place now = place(call, item - 1);
+  if constexpr (Op::kPanelRows) {
+    if (now.rows <= kDirectRows) {
+      const Place then = place(call, item - 1 + call.threads);  // the item that this thread takes next, if all are as fast
+      const Place& follows = then.e < op.experts() ? then : now;
+      return run_few(op, now.e, now.row, now.rows, now.col, now.cols, op.weights(follows.e, 0, follows.col));
+    }
   }
+  run_block(op, now.e, now.row, now.rows, now.col, now.cols);
 }
 
 template <class Op>
 void run(const Op& op) {
-  int64_t items = 1, weights = 0;  // weights: elements of the vector side, counted once for each tile of rows that meets them
+  int64_t weights = 0, tile_cols = 0;  // weights: elements of the vector side, counted once for each tile of rows that meets them
   for (int64_t e = 0; e < op.experts(); ++e) {
-    const Cut c = cut(op, e);
-    items += c.row_blocks * c.col_blocks;
-    weights += (op.rows(e) + kRows - 1) / kRows * op.width() * op.halves() * op.depth(e);
+    const int64_t tiles = (op.rows(e) + kRows - 1) / kRows, cols = op.width() * op.halves();
+    weights += tiles * cols * op.depth(e);
+    if (op.rows(e) <= kDirectRows) tile_cols += cols;
   }
-  parallel_items(items, weights / 8, run_item<Op>, const_cast<Op*>(&op));
+  const int64_t threads = weights / 8 < kSmallWorkNs ? 1 : parallel_threads();
+  tile_cols = tile_cols / (kItemsPerThread * threads) / 64 * 64;
+  Call<Op> call{op, threads, tile_cols < 64 ? 64 : least(tile_cols, kTileCols)};
+  int64_t items = 1;
+  for (int64_t e = 0; e < op.experts(); ++e) {
+    const Cut c = cut(call, e);
+    items += c.row_blocks * c.col_blocks;
+  }
+  parallel_items(items, weights / 8, run_item<Op>, &call);
 }

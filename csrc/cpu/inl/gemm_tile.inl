@@ -1,29 +1,34 @@
 // The GEMM tree on a tile of rows and a panel of columns, and how both are packed: what grouped_gemm and attention are made of.
 // Included after vec.h and transpose.h, inside their anonymous namespace; the ISA sets kRows x kVecs: accumulators 2 * kRows * kVecs
-// (even and odd chain) + kVecs + 1 must fit the vector registers.
+// (even and odd chain) + kVecs + 1 must fit the vector registers. Packed operands are made of words: fp32, an element each, unless the
+// ISA multiplies others (WordOf). The words of 32 elements of depth belong to the even and the odd chain in turns.
 #pragma once
 #include "cpu/inl/sizes.inl"
+#include "cpu/inl/words.inl"
 
 constexpr int kCols = 16 * kVecs;
-constexpr int64_t kDepth = 128;  // a panel of kDepth x kCols fp32 (16 KB at 32 columns) stays in a 32 KB L1
+template <class W>
+constexpr int64_t kDepth = 128 * kPerWord<W>;  // a panel of kDepth x kCols (16 KB at 32 columns) stays in a 32 KB L1
 
-// Where a tile's elements are: row i, step k of a block of 32 at i * row + k * depth; the next block of 32 steps is `block` further on.
-struct PackedRows {  // [depth / 32][kRows][32], from pack_tile
-  static constexpr int row = 32, depth = 1, block = 32 * kRows;
+// Where a tile's words are: row i, word k of a block of 32 elements at i * row + k * depth; the next block is `block` further on.
+template <class W>
+struct PackedRows {  // [depth / 32][kRows][kBlockWords], from pack_tile
+  static constexpr int row = kBlockWords<W>, depth = 1, block = kBlockWords<W> * kRows;
 };
-struct PackedColumns {  // [depth][kRows], from pack_tile_columns
-  static constexpr int row = 1, depth = kRows, block = 32 * kRows;
+template <class W>
+struct PackedColumns {  // [words][kRows], from pack_tile_columns
+  static constexpr int row = 1, depth = kRows, block = kBlockWords<W> * kRows;
 };
 
-// One step of depth: chain[i][j] += row i's element * the panel's vector j.
-template <int rows, class Layout>
-[[gnu::always_inline]] inline void tile_step(const float* a, const float* b, V16 (&chain)[rows][kVecs]) {
-  V16 panel[kVecs];
+// One word of depth: chain[i][j] += row i's word * the panel's vector j.
+template <int rows, class Layout, class W>
+[[gnu::always_inline]] inline void tile_step(const W* a, const W* b, V16 (&chain)[rows][kVecs]) {
+  decltype(load(b)) panel[kVecs];
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) panel[j] = load(b + 16 * j);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
-    const V16 row = set1(a[i * Layout::row]);
+    const auto row = set1(a[i * Layout::row]);
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) chain[i][j] = fma(row, panel[j], chain[i][j]);
   }
@@ -34,13 +39,13 @@ struct Nothing {
   void operator()() const {}
 };
 
-// c[rows][kCols] += a tile @ a panel [depth][kCols]. A last block of fewer than 32 steps ends early: the steps of zeros that it lacks
+// c[rows][kCols] += a tile @ a panel [words][kCols]. A last block of fewer than 32 elements ends early: the words of zeros that it lacks
 // would do no more than turn a chain of -0 into +0, which adding +0 does too.
-template <int rows, class Layout, class Meanwhile>
-inline void tile_times_panel(const float* a, const float* b, float* c, int64_t ldc, int64_t depth, Meanwhile& meanwhile) {
-  for (; depth > 0; depth -= 32, a += Layout::block, b += 32 * kCols) {
+template <int rows, class Layout, class W, class Meanwhile>
+inline void tile_times_panel(const W* a, const W* b, float* c, int64_t ldc, int64_t depth, Meanwhile& meanwhile) {
+  for (; depth > 0; depth -= 32, a += Layout::block, b += kBlockWords<W> * kCols) {
     meanwhile();
-    const int steps = depth < 32 ? static_cast<int>(depth) : 32;
+    const int words = depth < 32 ? static_cast<int>(words_of<W>(depth)) : kBlockWords<W>;
     V16 even[rows][kVecs], odd[rows][kVecs];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
@@ -48,16 +53,16 @@ inline void tile_times_panel(const float* a, const float* b, float* c, int64_t l
       for (int j = 0; j < kVecs; ++j) even[i][j] = odd[i][j] = zero();
     }
     int k = 0;
-    for (; k + 1 < steps; k += 2) {
+    for (; k + 1 < words; k += 2) {
       tile_step<rows, Layout>(a + k * Layout::depth, b + k * kCols, even);
       tile_step<rows, Layout>(a + (k + 1) * Layout::depth, b + (k + 1) * kCols, odd);
     }
-    if (k < steps) tile_step<rows, Layout>(a + k * Layout::depth, b + k * kCols, even);
+    if (k < words) tile_step<rows, Layout>(a + k * Layout::depth, b + k * kCols, even);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
-        if (steps < 32) {
+        if (words < kBlockWords<W>) {
           even[i][j] = add(even[i][j], zero());
           odd[i][j] = add(odd[i][j], zero());
         }
@@ -69,16 +74,15 @@ inline void tile_times_panel(const float* a, const float* b, float* c, int64_t l
 }
 
 // The first n rows of a tile, 1 <= n; a tile has at most kRows.
-template <class Layout, int rows = kRows, class Meanwhile = const Nothing>
-inline void tile_times_panel_n(int64_t n, const float* a, const float* b, float* c, int64_t ldc, int64_t depth,
-                               Meanwhile&& meanwhile = {}) {
+template <class Layout, int rows = kRows, class W, class Meanwhile = const Nothing>
+inline void tile_times_panel_n(int64_t n, const W* a, const W* b, float* c, int64_t ldc, int64_t depth, Meanwhile&& meanwhile = {}) {
   if constexpr (rows > 1) {
     if (n < rows) return tile_times_panel_n<Layout, rows - 1>(n, a, b, c, ldc, depth, meanwhile);
   }
   tile_times_panel<rows, Layout>(a, b, c, ldc, depth, meanwhile);
 }
 
-// Rows of T that are contiguous in depth -> one tile [depth / 32][kRows][32]. `row(i)` is where row i's depth begins.
+// Rows of T that are contiguous in depth -> one tile [depth / 32][kRows][kBlockWords]. `row(i)` is where row i's depth begins.
 template <class T, class Row>
 inline void pack_tile(Row row, int64_t rows, int64_t depth, float* out) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -114,13 +118,15 @@ inline void pad_block(const T* from, int64_t stride, int64_t rows, int64_t steps
   }
 }
 
-// Rows [0, n) of w, contiguous in depth -> a panel [depth][kCols].
-template <class T>
-inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t depth, float* out) {
-  for (int64_t k = 0; k < depth; k += 32) {
+// Rows [0, n) of w, contiguous in depth -> a panel [words][kCols]. fetch_next: the depth behind it comes next, after other work.
+template <bool fetch_next = false, class T>
+inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t depth, Word<T>* out) {
+  for (int64_t k = 0; k < depth; k += 32, out += kBlockWords<Word<T>> * kCols) {
     for (int64_t j = 0; j < kCols; j += 16) {
       const T* block = from + j * stride + k;
-      float* to = out + k * kCols + j;
+      Word<T>* to = out + j;
+#pragma GCC unroll 16
+      for (int i = 0; fetch_next && i < 16; ++i) __builtin_prefetch(block + i * stride + depth, 0, 2);
       if (j + 16 <= n && k + 32 <= depth) {
         transpose_16x32(block, stride, to, kCols);
         continue;
@@ -132,7 +138,7 @@ inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t de
   }
 }
 
-// Columns [0, n) of a matrix whose rows are steps of depth -> a panel [depth][kCols]. `row(k)` is where step k's columns begin.
+// Columns [0, n) of a matrix whose rows are steps of depth -> a panel [words][kCols]. `row(k)` is where step k's columns begin.
 template <class T, class Row>
 inline void pack_panel_columns(Row row, int64_t n, int64_t depth, float* out) {
   int64_t k = 0;
@@ -148,26 +154,48 @@ inline void pack_panel_columns(Row row, int64_t n, int64_t depth, float* out) {
   }
 }
 
+// Memory fetched in its order, line by line, while something else is computed. Zen 5 drops a fetch that finds no free miss buffer or no
+// translation of its page, and who comes to a dropped line waits for memory. So each line's address is `pace` additions, each waiting for
+// the one before, behind the last line's, and every `ask` lines a line 64 KB ahead, some pages on, is asked for once more.
+template <int pace, int ask>
+struct FetchLines {
+  const char* at;
+  [[gnu::always_inline]] void operator()(int lines) {
+    const char* page = at + 64 * 1024;
+#pragma GCC unroll 32
+    for (int i = 0; i < lines; ++i) {
+      __builtin_prefetch(at);
+      if (i % ask == ask - 1) __builtin_prefetch(page);
+#pragma GCC unroll 8
+      for (int step = 0; step < pace; ++step) {
+        at += 64 * (step + 1) / pace - 64 * step / pace;
+        asm volatile("" : "+r"(at));  // keeps the compiler from adding 64 at once
+      }
+    }
+  }
+};
+
 // Up to kRows rows (one tile, packed over all depth) @ rows of w, 16 at a time and without packing them: c [rows][ldc].
-// Meanwhile the next 16 rows are fetched, line by line as they lie in memory: sixteen rows abreast are more streams than a core's
-// prefetchers follow, and its misses in flight are too few for memory's latency. A fetch past the end of w reads nothing.
+// Meanwhile the next 16 rows are fetched, as they lie in memory: sixteen rows abreast are more streams than a core's prefetchers
+// follow. After the last rows come those at `next`, if any; a fetch of what is not there reads nothing. Paces are measured (Zen 5, 4.2
+// GHz): one row from memory reads at 33 to 36 GB/s with 4, 35 to 38 with 5, 36 to 38 with 6, from L3 at 55, 48 and 41. More rows: 4.
 template <int rows, class T>
-inline void tile_times_rows(const float* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c, int64_t ldc) {
+inline void tile_times_rows(const Word<T>* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c, int64_t ldc,
+                            const T* next) {
   for (int64_t j = 0; j < cols; j += 16) {
     V16 sum[rows];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) sum[i] = zero();
+    FetchLines<rows == 1 ? 5 : 4, rows == 1 ? 4 : 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? w + (j + 16) * stride : next)};
     for (int64_t k = 0; k < depth; k += 32) {
       const T* block = w + j * stride + k;
-      const char* next = reinterpret_cast<const char*>(w + (j + 16) * stride + 16 * k);
-#pragma GCC unroll 32
-      for (int i = 0; i < 8 * static_cast<int>(sizeof(T)); ++i) __builtin_prefetch(next + 64 * i, 0, 2);
+      if (fetch.at != nullptr) fetch(8 * static_cast<int>(sizeof(T)));
       if (j + 16 <= cols && k + 32 <= depth) {
-        dot_16x32<rows>(block, stride, tile + k * kRows, sum);
+        dot_16x32<rows>(block, stride, tile + k / kPerWord<Word<T>> * kRows, sum);
       } else {
         alignas(64) T padded[16 * 32];
         pad_block(block, stride, cols - j, depth - k, padded);
-        dot_16x32<rows>(padded, 32, tile + k * kRows, sum);
+        dot_16x32<rows>(padded, 32, tile + k / kPerWord<Word<T>> * kRows, sum);
       }
     }
     for (int i = 0; i < rows; ++i) store(c + i * ldc + j, sum[i]);
@@ -175,10 +203,10 @@ inline void tile_times_rows(const float* tile, const T* w, int64_t stride, int64
 }
 
 template <class T, int rows = kRows>
-inline void tile_times_rows_n(int64_t n, const float* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c,
-                              int64_t ldc) {
+inline void tile_times_rows_n(int64_t n, const Word<T>* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c,
+                              int64_t ldc, const T* next) {
   if constexpr (rows > 1) {
-    if (n < rows) return tile_times_rows_n<T, rows - 1>(n, tile, w, stride, cols, depth, c, ldc);
+    if (n < rows) return tile_times_rows_n<T, rows - 1>(n, tile, w, stride, cols, depth, c, ldc, next);
   }
-  tile_times_rows<rows>(tile, w, stride, cols, depth, c, ldc);
+  tile_times_rows<rows>(tile, w, stride, cols, depth, c, ldc, next);
 }

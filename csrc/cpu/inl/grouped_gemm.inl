@@ -12,7 +12,8 @@
 // Work/bytes 2*R*N*K flop; w once per block of rows: bound by memory below ~4 rows per expert, by the FMA units above
 // Measured   Zen 4, 1 thread, CPU time on a shared machine, share of the tree fed from L1 (bench/roofline.py: 113 GFLOP/s, avx2 114),
 //            bf16: 512 x 2048 -> 1408 90 GFLOP/s forward (79 %), 93 dgrad, 85 wgrad; 8 experts of 32 rows 68 (60 %); avx2 96 (84 %);
-//            one row x 4096 -> 4096 16 GB/s of weights, 1.5x F.linear. Rows are re-measured by bench/ops/bench_grouped_gemm.py
+//            Zen 5, 1 thread, weights from memory, share of a read of the same memory (36 to 38 GB/s): one row 87 to 98 % at K of 512 to
+//            4096, 2 rows 99, 4 rows 85 to 88, 6 rows 69; avx2, one row 93 to 100. Rows are re-measured by bench/ops/bench_grouped_gemm.py
 // Limits     checked in ops/grouped_gemm.cpp
 
 #include "cpu/inl/gemm_driver.inl"
@@ -22,20 +23,21 @@
 template <class T>
 struct Forward {
   const GroupedGemmParams& p;
-  using Layout = PackedRows;
+  using W = Word<T>;
+  using Layout = PackedRows<W>;
   static constexpr bool kPanelRows = true;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
   int64_t width() const { return p.silu_mul ? p.N / 2 : p.N; }
   int64_t halves() const { return p.silu_mul ? 2 : 1; }
   int64_t depth(int64_t) const { return p.K; }
-  void pack_rows(int64_t e, int64_t row, int64_t n, int64_t k, int64_t depth, float* out) const {
+  void pack_rows(int64_t e, int64_t row, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
     const int64_t first = p.expert_offsets[e] + row;
     const T* x = static_cast<const T*>(p.x) + k;
     pack_tile<T>([&](int64_t i) { return x + (p.row_token != nullptr ? p.row_token[first + i] : first + i) * p.K; }, n, depth, out);
   }
-  void pack_cols(int64_t e, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
-    pack_panel_rows(weights(e, half, col) + k, p.K, n, depth, out);
+  void pack_cols(int64_t e, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
+    pack_panel_rows<true>(weights(e, half, col) + k, p.K, n, depth, out);
   }
   const T* weights(int64_t e, int64_t half, int64_t col) const {
     return static_cast<const T*>(p.w) + (e * p.N + half * width() + col) * p.K;
@@ -50,18 +52,19 @@ struct Forward {
 template <class T>
 struct Dgrad {
   const GroupedGemmDgradParams& p;
-  using Layout = PackedRows;
+  using W = Word<T>;
+  using Layout = PackedRows<W>;
   static constexpr bool kPanelRows = false;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
   int64_t width() const { return p.K; }
   int64_t halves() const { return 1; }
   int64_t depth(int64_t) const { return p.N; }
-  void pack_rows(int64_t e, int64_t row, int64_t n, int64_t k, int64_t depth, float* out) const {
+  void pack_rows(int64_t e, int64_t row, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
     const T* dy = static_cast<const T*>(p.dy) + (p.expert_offsets[e] + row) * p.N + k;
     pack_tile<T>([&](int64_t i) { return dy + i * p.N; }, n, depth, out);
   }
-  void pack_cols(int64_t e, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
+  void pack_cols(int64_t e, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
     const T* w = static_cast<const T*>(p.w) + (e * p.N + k) * p.K + col;
     pack_panel_columns<T>([&](int64_t step) { return w + step * p.K; }, n, depth, out);
   }
@@ -74,18 +77,19 @@ struct Dgrad {
 template <class T>
 struct Wgrad {
   const GroupedGemmWgradParams& p;
-  using Layout = PackedColumns;
+  using W = Word<T>;
+  using Layout = PackedColumns<W>;
   static constexpr bool kPanelRows = false;
   int64_t experts() const { return p.E; }
   int64_t rows(int64_t e) const { return p.accumulate && depth(e) == 0 ? 0 : p.N; }
   int64_t width() const { return p.K; }
   int64_t halves() const { return 1; }
   int64_t depth(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
-  void pack_rows(int64_t e, int64_t row, int64_t, int64_t k, int64_t depth, float* out) const {
+  void pack_rows(int64_t e, int64_t row, int64_t, int64_t k, int64_t depth, Word<T>* out) const {
     const T* dy = static_cast<const T*>(p.dy) + (p.expert_offsets[e] + k) * p.N + row;
     pack_tile_columns(dy, p.N, p.N - row, depth, out);
   }
-  void pack_cols(int64_t e, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
+  void pack_cols(int64_t e, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
     const int64_t first = p.expert_offsets[e] + k;
     const T* x = static_cast<const T*>(p.x) + col;
     pack_panel_columns<T>([&](int64_t step) { return x + (p.row_token != nullptr ? p.row_token[first + step] : first + step) * p.K; }, n,

@@ -15,13 +15,14 @@
 template <class T>
 struct Heads {
   const HeadGemmParams& p;
-  using Layout = PackedRows;
+  using W = Word<T>;
+  using Layout = PackedRows<W>;
   int64_t experts() const { return p.A; }
   int64_t rows(int64_t) const { return p.T; }
   int64_t width() const { return p.N; }
   int64_t halves() const { return 1; }
   int64_t depth(int64_t) const { return p.K; }
-  void pack_rows(int64_t a, int64_t row, int64_t n, int64_t k, int64_t depth, float* out) const {
+  void pack_rows(int64_t a, int64_t row, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
     const T* x = static_cast<const T*>(p.x) + row * p.x_token + a * p.x_head + k;
     pack_tile<T>([&](int64_t i) { return x + i * p.x_token; }, n, depth, out);
   }
@@ -37,8 +38,8 @@ struct RowWeights : Heads<T> {  // w [A, N, K]
   static constexpr bool kPanelRows = true;
   const T* weights(int64_t a, int64_t, int64_t col) const { return static_cast<const T*>(p.w) + a * p.w_head + col * p.w_row; }
   int64_t stride() const { return p.w_row; }
-  void pack_cols(int64_t a, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
-    pack_panel_rows(weights(a, half, col) + k, p.w_row, n, depth, out);
+  void pack_cols(int64_t a, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
+    pack_panel_rows<true>(weights(a, half, col) + k, p.w_row, n, depth, out);
   }
 };
 
@@ -46,7 +47,7 @@ template <class T>
 struct ColumnWeights : Heads<T> {  // w [A, K, N]
   using Heads<T>::p;
   static constexpr bool kPanelRows = false;
-  void pack_cols(int64_t a, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
+  void pack_cols(int64_t a, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
     const T* w = static_cast<const T*>(p.w) + a * p.w_head + k * p.w_row + col;
     pack_panel_columns<T>([&](int64_t step) { return w + step * p.w_row; }, n, depth, out);
   }
@@ -55,18 +56,19 @@ struct ColumnWeights : Heads<T> {  // w [A, K, N]
 template <class T>
 struct HeadWgrad {
   const HeadGemmWgradParams& p;
-  using Layout = PackedColumns;
+  using W = Word<T>;
+  using Layout = PackedColumns<W>;
   static constexpr bool kPanelRows = false;
   int64_t experts() const { return p.A; }
   int64_t rows(int64_t) const { return p.N; }
   int64_t width() const { return p.K; }
   int64_t halves() const { return 1; }
   int64_t depth(int64_t) const { return p.T; }
-  void pack_rows(int64_t a, int64_t row, int64_t, int64_t k, int64_t depth, float* out) const {
+  void pack_rows(int64_t a, int64_t row, int64_t, int64_t k, int64_t depth, Word<T>* out) const {
     const T* dy = static_cast<const T*>(p.dy) + k * p.dy_token + a * p.dy_head + row;
     pack_tile_columns(dy, p.dy_token, p.N - row, depth, out);
   }
-  void pack_cols(int64_t a, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, float* out) const {
+  void pack_cols(int64_t a, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
     const T* x = static_cast<const T*>(p.x) + k * p.x_token + a * p.x_head + col;
     pack_panel_columns<T>([&](int64_t step) { return x + step * p.x_token; }, n, depth, out);
   }

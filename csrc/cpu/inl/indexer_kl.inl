@@ -86,27 +86,29 @@ struct KlCall {
 // What the forward and the backward of a group have in common: the scores of one block of keys.
 template <class T>
 struct KlPlan {
-  float *q, *index_q;          // tiles
+  Word<T>*q, *index_q;         // tiles
+  Word<T>*panel, *room;        // room: of the backward
   float *s, *dots;             // [rows][kBlockKeys]: scores of the main heads; relu(dot) of the index heads
   float *p, *scores;           // [tokens][kBlockKeys]
-  float *panel, *acc, *d_w;    // acc [index rows][ld], d_w [index rows][16]: of the backward
+  float *acc, *d_w;            // acc [index rows][ld], d_w [index rows][16]: of the backward
   int32_t *seen, *index_seen;  // per row
   T *kv, *index_k;             // gathered rows
   int64_t ld;
   template <class Params>
   KlPlan(Pieces& pieces, const Params& shape, int64_t tokens, int64_t gathered_rows, bool backward) : ld(round_up(shape.Di, kCols)) {
     const int64_t main_rows = round_up(tokens * shape.A, kRows), index_rows = round_up(tokens * shape.Hi, kRows);
-    q = pieces.take(main_rows * round_up(shape.Dk, 32));
-    index_q = pieces.take(index_rows * round_up(shape.Di, 32));
+    q = pieces.take<Word<T>>(main_rows * row_words<T>(shape.Dk));
+    index_q = pieces.take<Word<T>>(index_rows * row_words<T>(shape.Di));
     s = pieces.take(main_rows * kBlockKeys);
     dots = pieces.take(index_rows * kBlockKeys);
     p = pieces.take(tokens * kBlockKeys);
     scores = pieces.take(tokens * kBlockKeys);
-    panel = pieces.take(kPanelFloats);
+    panel = pieces.take<Word<T>>(kPanelWords);
+    room = pieces.take<Word<T>>(backward ? weight_room<Word<T>>(index_rows) : 0);
     acc = pieces.take(backward ? index_rows * ld : 0);
     d_w = pieces.take(backward ? index_rows * 16 : 0);
-    seen = reinterpret_cast<int32_t*>(pieces.take(main_rows));
-    index_seen = reinterpret_cast<int32_t*>(pieces.take(index_rows));
+    seen = pieces.take<int32_t>(main_rows);
+    index_seen = pieces.take<int32_t>(index_rows);
     kv = reinterpret_cast<T*>(pieces.take(gathered_rows * shape.Dk));
     index_k = reinterpret_cast<T*>(pieces.take(gathered_rows * shape.Di));
   }
@@ -209,10 +211,13 @@ void kl_forward_item(void* context, int64_t item) {
   });
 }
 
-inline void kl_forward(const IndexerKlParams& p) {
+template <class T>
+void kl_forward_of(const IndexerKlParams& p) {
   KlCall<IndexerKlParams> call(p, 0, p.sequences.T);
-  parallel_items(call.items, call.work_ns(1), p.dtype == DType::bf16 ? kl_forward_item<uint16_t> : kl_forward_item<float>, &call);
+  parallel_items(call.items, call.work_ns(1), kl_forward_item<T>, &call);
 }
+
+inline void kl_forward(const IndexerKlParams& p) { p.dtype == DType::bf16 ? kl_forward_of<uint16_t>(p) : kl_forward_of<float>(p); }
 
 // One token's block: scores become dI; relu(dot) becomes g; d_w[h] takes its lanes.
 template <class T>
@@ -262,7 +267,8 @@ void kl_query_gradient_item(void* context, int64_t item) {
                        plan.index_seen[i * p.Hi], p.index_lse[token], p.mass[token], p.d_kl[token], plan.d_w + i * p.Hi * 16);
         std::memcpy(tokens.g(token, first / kBlockKeys), g, static_cast<size_t>(width) * 4);
       }
-      queries_times_values(plan.dots, plan.index_seen, from * p.Hi, rows, block.k, block.k_stride, n, p.Di, plan.panel, plan.acc, plan.ld);
+      queries_times_values(plan.dots, plan.index_seen, from * p.Hi, rows, block.k, block.k_stride, n, p.Di, plan.room, plan.panel, plan.acc,
+                           plan.ld);
     });
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = group.token * p.Hi + i;
@@ -278,8 +284,7 @@ void kl_key_gradient_item(void* context, int64_t item) {
   const IndexerKlBackwardParams& p = tokens.p;
   const Sequences& s = p.sequences;
   const int64_t range = item * kCacheRange;
-  float* panel = static_cast<float*>(thread_scratch(Scratch::item, (kBlockKeys * kCols + kBlockKeys * round_up(p.Di, kCols)) * 4));
-  float* products = panel + kBlockKeys * kCols;
+  const auto plan = plan_in_scratch<AddPlan<T>>(p.Di);
   for (int64_t token = tokens.call.token0; token < tokens.call.token0 + tokens.call.tokens; ++token) {
     const int64_t sequence = sequence_of(s, token), first_row = s.cu_seqlens_k[sequence];
     const int64_t low = range - first_row, high = low + kCacheRange;
@@ -287,12 +292,12 @@ void kl_key_gradient_item(void* context, int64_t item) {
     if (p.topk_indices == nullptr) {
       const int64_t begin = low < 0 ? 0 : low, end = least(high, visible_keys(s, sequence, token));
       const auto row = [&](int64_t position) { return p.sums + (first_row + position) * p.Di; };
-      if (begin < end) add_token(p.Hi, tokens.g(token, 0), begin, end, index_q, p.Di, row, panel, products);
+      if (begin < end) add_token(plan, p.Hi, tokens.g(token, 0), begin, end, index_q, p.Di, row);
     } else {
       const int32_t* list = p.topk_indices + token * p.top_k;
       const int64_t n = list_length(list, p.top_k), begin = list_position(list, n, low), end = list_position(list, n, high);
       const auto row = [&](int64_t position) { return p.sums + (first_row + list[position]) * p.Di; };
-      if (begin < end) add_token(p.Hi, tokens.g(token, 0), begin, end, index_q, p.Di, row, panel, products);
+      if (begin < end) add_token(plan, p.Hi, tokens.g(token, 0), begin, end, index_q, p.Di, row);
     }
   }
 }
@@ -317,9 +322,5 @@ void kl_backward_of(const IndexerKlBackwardParams& p) {
 }
 
 inline void kl_backward(const IndexerKlBackwardParams& p) {
-  if (p.dtype == DType::bf16) {
-    kl_backward_of<uint16_t>(p);
-  } else {
-    kl_backward_of<float>(p);
-  }
+  p.dtype == DType::bf16 ? kl_backward_of<uint16_t>(p) : kl_backward_of<float>(p);
 }

@@ -14,6 +14,7 @@
 //            there are at most 8 a thread. Nothing grows with T x S
 // Measured   see docs/ops/indexer_topk.md
 // Limits     checked in ops/indexer_topk.cpp
+#include "cpu/inl/fetch_rows.inl"
 #include "cpu/inl/gemm_tile.inl"
 #include "cpu/inl/index_score.inl"
 #include "cpu/inl/key_rows.inl"
@@ -24,37 +25,36 @@ constexpr int64_t kQueryFloats = 48 * 1024;  // packed queries of an item: 192 K
 constexpr int64_t kMostTokens = 32;          // of an item, where heads are few or narrow
 constexpr int64_t kListTokens = 64;          // of an item that writes lists of all keys
 
-// The products of the heads of an item's tokens with a panel of keys, by the GEMM tree in fp32 FMA. Everything else is independent of how
-// products are made: a kernel for another matrix unit replaces this struct.
+// The products of the heads of an item's tokens with a panel of keys, by the GEMM tree on the vector unit. Everything else is independent
+// of how products are made: a kernel for a matrix unit replaces this struct.
 template <class Element>
 struct FmaProducts {
   using T = Element;
   struct Session {};                       // alive while an item runs
   static constexpr int64_t kKeys = kCols;  // of a panel; divides kPageRows, so that the keys of a panel lie side by side
+  using W = Word<T>;
   int64_t heads, depth;
-  float *tiles, *panel;
+  W *tiles, *panel;
   FmaProducts(Pieces& pieces, int64_t tokens, int64_t Hi, int64_t Di) : heads(Hi), depth(Di) {
-    tiles = pieces.take(tokens * token_floats());
-    panel = pieces.take(round_up(depth, 32) * kKeys);
+    tiles = pieces.take<W>(tokens * token_words());
+    panel = pieces.take<W>(words() * kKeys);
   }
-  int64_t token_floats() const { return round_up(heads, kRows) * round_up(depth, 32); }
+  int64_t words() const { return round_up(depth, 32) / kPerWord<W>; }
+  int64_t token_words() const { return round_up(heads, kRows) * words(); }
+  W* tile(int64_t i, int64_t h) const { return tiles + i * token_words() + h * words(); }
   void pack_token(int64_t i, const T* q) {
     for (int64_t h = 0; h < heads; h += kRows) {
-      float* tile = tiles + i * token_floats() + h * round_up(depth, 32);
-      pack_tile<T>([&](int64_t row) { return q + (h + row) * depth; }, least(kRows, heads - h), depth, tile);
+      pack_tile<T>([&](int64_t row) { return q + (h + row) * depth; }, least(kRows, heads - h), depth, tile(i, h));
     }
   }
   void pack_keys(const T* k, int64_t n) { pack_panel_rows(k, depth, n, depth, panel); }
-  // The panel after this one, while this one is multiplied: 16 keys of 128 bf16 fill a page of memory, where the CPU's own fetching ends.
-  void fetch_keys(const T* k, int64_t n) const {
-    for (int64_t i = 0; i < n * depth; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(k + i);
-  }
+  int64_t calls() const { return (heads + kRows - 1) / kRows * ((depth + 31) / 32); }  // of `meanwhile` in a product
   // out [heads rounded up to 32][kKeys]
-  void multiply(int64_t i, float* out) const {
+  template <class Meanwhile>
+  void multiply(int64_t i, float* out, Meanwhile& meanwhile) const {
     std::memset(out, 0, static_cast<size_t>(heads * kKeys) * 4);
     for (int64_t h = 0; h < heads; h += kRows) {
-      const float* tile = tiles + i * token_floats() + h * round_up(depth, 32);
-      tile_times_panel_n<PackedRows>(heads - h, tile, panel, out + h * kKeys, kKeys, depth);
+      tile_times_panel_n<PackedRows<W>>(heads - h, tile(i, h), panel, out + h * kKeys, kKeys, depth, meanwhile);
     }
   }
 };
@@ -132,7 +132,7 @@ struct IndexPlan {
   IndexPlan(Pieces& pieces, const IndexerTopkParams& p, int64_t tokens, int64_t room) : products(pieces, tokens, p.Hi, p.Di) {
     product = pieces.take(round_up(p.Hi, 32) * Products::kKeys);
     score = pieces.take(tokens * (room + 16));
-    key = reinterpret_cast<int32_t*>(pieces.take(tokens * room));
+    key = pieces.take<int32_t>(tokens * room);
     candidates = reinterpret_cast<Candidates*>(pieces.take(tokens * static_cast<int64_t>(sizeof(Candidates) / 4)));
   }
 };
@@ -159,9 +159,11 @@ void index_scored_item(const IndexCall& call, const TokenBlock& block, int64_t r
   for (int64_t at = begin, next; at < end; at = next) {
     next = at + Products::kKeys;
     plan.products.pack_keys(keys(at), least(Products::kKeys, end - at));
-    if (next < end) plan.products.fetch_keys(keys(next), least(Products::kKeys, end - next));
-    for (int64_t i = at < first_seen ? 0 : at - first_seen + 1; i < block.tokens; ++i) {
-      plan.products.multiply(i, plan.product);
+    const int64_t from = at < first_seen ? 0 : at - first_seen + 1;
+    FetchRows fetch(keys, next, least(next + Products::kKeys, end), p.Di * static_cast<int64_t>(sizeof(T)),
+                    (block.tokens - from) * plan.products.calls());
+    for (int64_t i = from; i < block.tokens; ++i) {
+      plan.products.multiply(i, plan.product, fetch);
       const int64_t seen = least(first_seen + i, end) - at;
       for (int64_t j = 0; j < least(Products::kKeys, seen); j += 16) {
         const V16 scores = ordered_score(plan.product + j, Products::kKeys, p.weights + (block.token + i) * p.Hi, p.Hi);
@@ -208,7 +210,7 @@ struct MergePlan {
   int32_t* key;
   MergePlan(Pieces& pieces, int64_t keys) {
     score = pieces.take(keys + 16);
-    key = reinterpret_cast<int32_t*>(pieces.take(keys));
+    key = pieces.take<int32_t>(keys);
   }
 };
 

@@ -67,28 +67,40 @@ struct ListedKeys {
   }
 };
 
+// What add_token needs for rows of up to D values.
+template <class T>
+struct AddPlan {
+  Word<T>*panel, *room;
+  float* products;
+  AddPlan(Pieces& pieces, int64_t D)
+      : panel(pieces.take<Word<T>>(kBlockKeys * kCols)),
+        room(pieces.take<Word<T>>(weight_room<Word<T>>(kBlockKeys))),
+        products(pieces.take(kBlockKeys * round_up(D, kCols))) {}
+};
+
 // row(position)[0, D) += the sum over the heads of a token of weights[head][position] * matrix[head], for positions [begin, end) of its
 // list; the weights of each block of the list are [all_heads][kBlockKeys]. Rows that lie side by side are added to where they are.
 template <class T, class Row>
-inline void add_token(int64_t all_heads, const float* weights, int64_t begin, int64_t end, const T* matrix, int64_t D, Row row,
-                      float* panel, float* products) {
+inline void add_token(const AddPlan<T>& plan, int64_t all_heads, const float* weights, int64_t begin, int64_t end, const T* matrix,
+                      int64_t D, Row row) {
   const int64_t ld = round_up(D, kCols);
   for (int64_t from = begin; from < end;) {
     const int64_t block = from / kBlockKeys, to = least(end, (block + 1) * kBlockKeys), n = to - from;
     const float* w = weights + block * all_heads * kBlockKeys + from % kBlockKeys;
     const bool in_place = D == ld && row(to - 1) == row(from) + (n - 1) * D;
-    float* sums = in_place ? row(from) : products;
-    for (int64_t i = 0; !in_place && i < n; ++i) std::memcpy(products + i * ld, row(from + i), static_cast<size_t>(D) * 4);
-    for (int64_t j = 0; j < D; j += kCols) {
-      for (int64_t head = 0; head < all_heads; head += kBlockKeys) {
-        const int64_t heads = least(kBlockKeys, all_heads - head);
-        pack_panel_columns<T>([&](int64_t h) { return matrix + (head + h) * D + j; }, least(kCols, D - j), heads, panel);
+    float* sums = in_place ? row(from) : plan.products;
+    for (int64_t i = 0; !in_place && i < n; ++i) std::memcpy(sums + i * ld, row(from + i), static_cast<size_t>(D) * 4);
+    for (int64_t head = 0; head < all_heads; head += kBlockKeys) {
+      const int64_t heads = least(kBlockKeys, all_heads - head);
+      const Word<T>* words = key_words(w + head * kBlockKeys, heads, n, plan.room);
+      for (int64_t j = 0; j < D; j += kCols) {
+        pack_panel_columns<T>([&](int64_t h) { return matrix + (head + h) * D + j; }, least(kCols, D - j), heads, plan.panel);
         for (int64_t i = 0; i < n; i += kRows) {
-          tile_times_panel_n<KeyTile>(n - i, w + head * kBlockKeys + i, panel, sums + i * ld + j, ld, heads);
+          tile_times_panel_n<KeyTile<Word<T>>>(n - i, words + i, plan.panel, sums + i * ld + j, ld, heads);
         }
       }
     }
-    for (int64_t i = 0; !in_place && i < n; ++i) std::memcpy(row(from + i), products + i * ld, static_cast<size_t>(D) * 4);
+    for (int64_t i = 0; !in_place && i < n; ++i) std::memcpy(row(from + i), sums + i * ld, static_cast<size_t>(D) * 4);
     from = to;
   }
 }

@@ -6,10 +6,12 @@
 struct Pieces {
   float* base;
   int64_t used = 0;
-  float* take(int64_t floats) {
+  template <class E = float>  // floats, or other words of 32 bits
+  E* take(int64_t n) {
+    static_assert(sizeof(E) == sizeof(float));
     const int64_t at = used;
-    used += round_up(floats, 16);
-    return base == nullptr ? nullptr : base + at;
+    used += round_up(n, 16);
+    return base == nullptr ? nullptr : reinterpret_cast<E*>(base + at);
   }
 };
 

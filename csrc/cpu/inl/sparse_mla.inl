@@ -111,9 +111,8 @@ template <class Unit, class T = typename Unit::T>
 void mla_key_gradient_item(void* context, int64_t item) {
   const auto& block = *static_cast<const MlaBlock<Unit>*>(context);
   const SparseMlaBackwardParams& p = block.p;
-  const int64_t range = item * kCacheRange, width = round_up(p.Dk, kCols);
-  float* panel = static_cast<float*>(thread_scratch(Scratch::item, (kBlockKeys * kCols + kBlockKeys * width) * 4));
-  float* products = panel + kBlockKeys * kCols;
+  const int64_t range = item * kCacheRange;
+  const auto plan = plan_in_scratch<AddPlan<T>>(p.Dk);
   for (int64_t t = 0; t < block.call.tokens; ++t) {
     const int64_t token = block.call.token0 + t;
     const int64_t first_row = p.sequences.cu_seqlens_k[sequence_of(p.sequences, token)];
@@ -123,8 +122,8 @@ void mla_key_gradient_item(void* context, int64_t item) {
     if (begin == end) continue;
     const auto row = [&](int64_t position) { return p.sums + (first_row + list[position]) * p.Dk; };
     const int64_t at = block.scores.at(t, 0, 0);
-    add_token(p.A, block.scores.ds + at, begin, end, static_cast<const T*>(p.q) + token * p.A * p.Dk, p.Dk, row, panel, products);
-    add_token(p.A, block.scores.p + at, begin, end, static_cast<const T*>(p.d_out) + token * p.A * p.Dv, p.Dv, row, panel, products);
+    add_token(plan, p.A, block.scores.ds + at, begin, end, static_cast<const T*>(p.q) + token * p.A * p.Dk, p.Dk, row);
+    add_token(plan, p.A, block.scores.p + at, begin, end, static_cast<const T*>(p.d_out) + token * p.A * p.Dv, p.Dv, row);
   }
 }
 

@@ -10,7 +10,7 @@
 //   Row sums    sixteen virtual lanes: element i goes to lane i % 16, lanes are folded 16 -> 8 -> 4 -> 2 -> 1 (lane j + lane j + half).
 //   GEMM tree   per output element: for each block of 32 k (K zero-padded to 32),
 //                 e = fused chain over even k from +0, o = fused chain over odd k from +0, C = C + (e + o), C from +0.
-//               It is what one AMX bf16 tile step computes; the other ISAs follow it in fp32 FMA.
+//               It is what one AMX bf16 tile step computes; the other ISAs follow it in fp32 FMA, or in pairs of links of a chain.
 //   Revision    kXxxRevision is raised by whoever changes an op's bits; tests/ops/golden.json holds the bits of each.
 #pragma once
 #include <cstdint>

@@ -1,0 +1,27 @@
+// indexer_kl / avx512_bf16: the body of cpu/inl/indexer_kl.inl (which see), bf16, on words of pairs (pairs.h).
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/parallel.h"
+#include "core/workspace.h"
+#include "cpu/kernels.h"
+
+namespace glmx::cpu::avx512_bf16 {
+namespace {
+#include "cpu/avx512/vec.h"
+#include "cpu/avx512/vec64.h"
+
+constexpr int kRows = 4, kVecs = 2;  // as avx512
+
+#include "cpu/avx512/transpose.h"
+#include "cpu/avx512_bf16/pairs.h"
+#include "cpu/inl/indexer_kl.inl"
+
+#include "cpu/avx512_bf16/pair_weights.h"
+}  // namespace
+
+void indexer_kl(const IndexerKlParams& p) { kl_forward_of<uint16_t>(p); }
+void indexer_kl_backward(const IndexerKlBackwardParams& p) { kl_backward_of<uint16_t>(p); }
+}  // namespace glmx::cpu::avx512_bf16
