@@ -6,8 +6,8 @@ become loops of csrc/core/elementwise.h. Views cost nothing. Anything else is re
 the same addresses, so its bits are the same.
 
 Memory: what the function allocates comes from a `Pool` that recordings share. A block is free again when the last
-tensor in it is gone, so later layers, and other recordings, use it once more; only the results stay as they are. A
-recording keeps the blocks that its calls write to.
+tensor in it is gone, so later layers, and other recordings, use it once more. A recording keeps the blocks that its
+calls write to; a result is good until any recording of its pool is replayed.
 """
 
 from __future__ import annotations
