@@ -3,7 +3,7 @@
 | variable | values | meaning |
 |---|---|---|
 | GLMX_BACKEND | auto (default), cpu | whose kernels serve the ops; cuda, hip and simt are refused: not in this build |
-| GLMX_ISA | base, avx2, avx512, avx512_bf16, amx | lowers the CPU's instruction set (default: the best the machine has) |
+| GLMX_ISA | base, avx2, avx512, avx512_bf16, amx | lowers the CPU's instruction set (default: the machine's best) |
 | GLMX_LOG | kernels | names the kernel of each op on standard error, when it is first called |
 | GLMX_STRICT | 0 (default), 1 | in the tests, what would be skipped for want of a tool fails |
 """

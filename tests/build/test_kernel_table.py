@@ -1,7 +1,7 @@
 """Which kernel each op runs under each GLMX_ISA pin: the list is written down, and the table must equal it.
 
-An op without a kernel for a pin names the one it runs. bf16 products have a kernel for nearly every pin; fp32 ones have no
-instruction for tiles or pairs, so under those pins they name avx512.
+An op without a kernel for a pin names the one it runs. bf16 products have a kernel for nearly every pin; fp32 ones have
+no instruction for tiles or pairs, so under those pins they name avx512.
 """
 
 from __future__ import annotations

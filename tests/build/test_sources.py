@@ -10,7 +10,16 @@ from tests.build.tree import ROOT, relative, sources, stems
 # Bodies that kernels share; they hold no kernel of their own.
 SHARED = {"vec_math.inl", "rows.inl", "rms_row.inl", "sizes.inl", "math64.inl"}
 SHARED |= {"gemm_tile.inl", "gemm_driver.inl", "gemm_epilogue.inl"}
-SHARED |= {"attend.inl", "key_rows.inl", "key_lists.inl", "index_score.inl", "largest.inl", "pieces.inl", "words.inl", "fetch_rows.inl"}
+SHARED |= {
+    "attend.inl",
+    "key_rows.inl",
+    "key_lists.inl",
+    "index_score.inl",
+    "largest.inl",
+    "pieces.inl",
+    "words.inl",
+    "fetch_rows.inl",
+}
 SHARED |= {"mass.inl", "philox.inl", "sample_row.inl"}
 FIELDS = ("Contract", "Shapes", "Layout", "Numerics", "Algorithm", "Work/bytes", "Measured", "Limits")
 
