@@ -304,6 +304,7 @@ def test_few_recordings_are_kept(monkeypatch):
         for _ in range(3):
             pair.forward({s: [5] for s in slots[:n]})
     assert [key[1] for key in pair.replay._recorded] == [2, 3] and pair.replay.replays >= 6
+    assert pair.replay.replays + pair.replay.preparations == 18
     kept = pair.replay.nbytes
     monkeypatch.setattr(replay_module, "MAX_BYTES", kept // 2)
     for _ in range(3):

@@ -69,12 +69,13 @@ class _Inputs:
 class Replay:
     """Forwards of `model` over `state`. Results lie in memory that the next call writes again, whichever it is.
 
-    `enabled` false: nothing is recorded, and results are the same. `replays` counts the calls that were replayed.
+    `enabled` false: nothing is recorded, and results are the same. `replays` counts the calls that were replayed,
+    `preparations` those that were not but will be: they say nothing about the time of later ones.
     """
 
     def __init__(self, model: Decoder, state: ModelState, enabled: bool = True) -> None:
         self.model, self.state, self.enabled = model, state, enabled
-        self.replays = 0
+        self.replays = self.preparations = 0
         self._pool = Pool()
         self._recorded: OrderedDict[Key, tuple[_Inputs, Recorded]] = OrderedDict()
         self._seen: OrderedDict[Key, bool] = OrderedDict()  # shapes that came once; True: refused
@@ -188,6 +189,7 @@ class Replay:
             recorded.replay()
             self.replays += 1
             return recorded.result
+        self.preparations += usable and not self._seen.get(key)
         if usable and self._seen.get(key) is False:
             return self._record(key, _Inputs(longs, ints, tensors), call)
         if usable:

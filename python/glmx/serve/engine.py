@@ -227,7 +227,7 @@ class Engine:
             for request in batch:
                 self._shorten(request)
             asleep = self.speculation is None or self.speculation.sleeps(_tracks(batch))
-            times = [self.clock()]
+            times, preparations = [self.clock()], self.replay.preparations
             drafts = [[] for _ in batch] if asleep else self._draft(batch)
             times.append(self.clock())
             cached = [self.state.lengths[slot] for slot in slots]
@@ -244,7 +244,7 @@ class Engine:
                 self.state.truncate_mtp(slot, mtp_length)
             raise
         if not asleep:
-            self._learn(batch, known, drafts, gained, times)
+            self._learn(batch, known, drafts, gained, times if self.replay.preparations == preparations else None)
         for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
             request.held = rows
             if rows:
@@ -376,12 +376,12 @@ class Engine:
         known: Sequence[Sequence[int]],
         drafts: Sequence[Sequence[int]],
         gained: Sequence[Sequence[int]],
-        times: Sequence[float],
+        times: Sequence[float] | None,
     ) -> None:
-        """Tells the speculation how a step's drafts did, and what the step cost."""
+        """Tells the speculation how a step's drafts did, and what the step cost where that is typical."""
         assert self.speculation is not None
         self.speculation.observe(_tracks(batch), list(map(len, drafts)), [len(tokens) - 1 for tokens in gained])
-        if all(len(ids) == 1 for ids in known):
+        if times is not None and all(len(ids) == 1 for ids in known):
             began, drafted_at, ended = times
             if not any(drafts):
                 self.speculation.observe_times(len(batch), ended - drafted_at, 0, 0, 0.0)
