@@ -221,6 +221,25 @@ def test_it_learns_step_by_step():
     assert max(counts) == 1 and 1 <= sum(counts) < 10
 
 
+def test_depths_are_timed_one_by_one():
+    """What is not timed yet looks free: without a bound, four right guesses would lead to five rows that nobody knows."""
+    policy = Speculation(6, True)
+    tracks = [policy.track()]
+    for depth in range(1, 4):
+        for _ in range(5):  # steps that prepare a recording are not timed
+            counts = policy.counts(tracks, [6])
+            assert counts == [depth]
+            policy.observe(tracks, counts, counts)
+        policy.observe_times(1 + depth, 1.0, depth, depth, 0.0)
+
+
+def test_a_right_try_that_changes_no_choice_waits_longer():
+    policy = Speculation(4, True)
+    tracks = [policy.track()]
+    run(policy, [1.0], linear(10, 30, 30), 2000, random.Random(10), tracks)
+    assert tracks[0].patience == MAX_PROBE_STEPS
+
+
 def test_a_fixed_number_is_fixed_but_for_the_room():
     policy = Speculation(5)
     tracks = [policy.track() for _ in range(4)]

@@ -21,8 +21,8 @@ from glmx.errors import UnsupportedError
 
 AUTO_LIMIT = 6  # drafts of a sequence under "auto": one MTP layer, trained for a few steps, seldom guesses further
 MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
-# A sequence without drafts tries one after so many steps, as its text may have become easier; after each that is wrong
-# it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
+# A sequence without drafts tries one after so many steps, as its text may have become easier; after each that changes
+# no choice it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
 PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
 TRY_SHARE = 0.01  # of the time of steps: what tries may lose. The next one waits until the last one is paid for.
 QUIET_STEPS = 8  # a choice of no drafts stands for so many steps: to make it takes time as well
@@ -175,6 +175,8 @@ class Speculation:
         self._patience = PROBE_STEPS  # the last one that a sequence came to, where the next begins
         # By rows; a draft step's are the sequences that take part in it, on average over a step's.
         self._forwards, self._draft_steps = Times(), Times()
+        self._timed = 0  # the most draft steps of a step that was timed: one more at a time is tried, not four
+        self._tried: list[Track] = []  # those that the last step gave a draft as a try
         self._saved_s = 0.0  # time put aside for tries, less what drafts have lost
         self._plain_s = 0.0  # what a step without drafts takes
         self._accepted = 0  # of the last step
@@ -189,6 +191,7 @@ class Speculation:
     def counts(self, tracks: Sequence[Track], rooms: Sequence[int]) -> list[int]:
         """Drafts for each sequence of a step, at most its room."""
         rooms = [min(room, self.limit) for room in rooms]
+        self._tried = []
         if not self.adaptive:
             return rooms
         counts = self._choice(tracks, rooms)
@@ -196,6 +199,7 @@ class Speculation:
         if due and self._saved_s >= 0:
             # Those that soon would do it too join in: the draft step is paid for once.
             ready = [2 * track.idle >= track.patience for track in tracks]
+            self._tried = [track for track, count, ok in zip(tracks, counts, ready, strict=True) if ok and not count]
             counts = [count or min(ok, room) for count, ok, room in zip(counts, ready, rooms, strict=True)]
         return counts
 
@@ -211,7 +215,7 @@ class Speculation:
 
     def _choice(self, tracks: Sequence[Track], rooms: Sequence[int]) -> list[int]:
         """The counts that look best by what is known."""
-        reach = self._pool.reach()
+        reach = min(self._pool.reach(), self._timed + 1)
         wanted = [track.acceptance.estimates(min(room, reach)) for track, room in zip(tracks, rooms, strict=True)]
         counts = choose(wanted, cache(partial(self._cost, len(tracks))))
         if any(counts):
@@ -254,10 +258,9 @@ class Speculation:
             if not count:
                 track.idle += 1
                 continue
-            if right:
-                track.patience = self._patience = PROBE_STEPS
-            elif 2 * track.idle >= track.patience:
-                track.patience = self._patience = min(2 * track.patience, MAX_PROBE_STEPS)
+            # A try that leads to drafts is followed by a step that chose them.
+            tried = track in self._tried
+            track.patience = self._patience = min(2 * track.patience, MAX_PROBE_STEPS) if tried else PROBE_STEPS
             track.idle = 0
             self.counters.add(count, right)
             for known in (track.acceptance, self._pool):
@@ -276,6 +279,7 @@ class Speculation:
             self._saved_s = min(self._saved_s, 0.0)
             return  # one of many like it: to note them all costs more than they tell
         self._forwards.add(rows, forward_s)
+        self._timed = max(self._timed, depth)
         if depth and caught_up:
             self._draft_steps.add(round(drafts / depth), drafting_s / depth)
         plain_s, tokens = self._forwards.at(rows - drafts), 1 + self._accepted / (rows - drafts)
