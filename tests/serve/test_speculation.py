@@ -15,6 +15,7 @@ from glmx.serve.speculation import (
     PROBE_STEPS,
     STALE_TIMES,
     TRY_SHARE,
+    UNTYPICAL,
     Acceptance,
     Speculation,
     Times,
@@ -231,6 +232,21 @@ def test_depths_are_timed_one_by_one():
             assert counts == [depth]
             policy.observe(tracks, counts, counts)
         policy.observe_times(1 + depth, 1.0, depth, depth, 0.0)
+
+
+def test_steps_that_are_never_typical_count_after_a_while():
+    """Each has a shape of its own, say, and is slow; without their times drafts would look free for ever."""
+    policy = Speculation(2, True)
+    tracks = [policy.track()]
+    policy.observe_times(1, 1.0, 0, 0, 0.0)
+    made = []
+    for _ in range(100):
+        counts = policy.counts(tracks, [6])
+        made.append(counts[0])
+        policy.observe(tracks, counts, counts)
+        slow = sum(counts) > 0
+        policy.observe_times(1 + sum(counts), 10.0 if slow else 1.0, sum(counts), max(counts), 0.0, typical=not slow)
+    assert sum(made[:UNTYPICAL]) == UNTYPICAL and not any(made[UNTYPICAL + 1 : UNTYPICAL + 1 + PROBE_STEPS])
 
 
 def test_a_right_try_that_changes_no_choice_waits_longer():

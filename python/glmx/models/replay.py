@@ -35,7 +35,7 @@ from glmx.models.state import ModelState
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 64  # 16 sequences with 3 drafts each. Wider forwards take so long that their calls do not matter
-MAX_RECORDINGS = 64
+MAX_RECORDINGS = 256
 MAX_BYTES = 256 << 20  # of what recordings compute into; logits are most of it. The oldest go first
 
 Key = tuple[Any, ...]

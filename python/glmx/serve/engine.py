@@ -244,7 +244,7 @@ class Engine:
                 self.state.truncate_mtp(slot, mtp_length)
             raise
         if not asleep:
-            self._learn(batch, known, drafts, gained, times if self.replay.preparations == preparations else None)
+            self._learn(batch, known, drafts, gained, times, self.replay.preparations == preparations)
         for request, tokens, found, rows in zip(batch, gained, logprobs, held, strict=True):
             request.held = rows
             if rows:
@@ -376,15 +376,16 @@ class Engine:
         known: Sequence[Sequence[int]],
         drafts: Sequence[Sequence[int]],
         gained: Sequence[Sequence[int]],
-        times: Sequence[float] | None,
+        times: Sequence[float],
+        typical: bool,
     ) -> None:
-        """Tells the speculation how a step's drafts did, and what the step cost where that is typical."""
+        """Tells the speculation how a step's drafts did, and what the step cost."""
         assert self.speculation is not None
         self.speculation.observe(_tracks(batch), list(map(len, drafts)), [len(tokens) - 1 for tokens in gained])
-        if times is not None and all(len(ids) == 1 for ids in known):
+        if all(len(ids) == 1 for ids in known):
             began, drafted_at, ended = times
             if not any(drafts):
-                self.speculation.observe_times(len(batch), ended - drafted_at, 0, 0, 0.0)
+                self.speculation.observe_times(len(batch), ended - drafted_at, 0, 0, 0.0, typical=typical)
                 return
             caught_up = [_count(r.held) for r, guesses in zip(batch, drafts, strict=True) if guesses and r.held]
             short = max(caught_up, default=0) <= self.speculation.limit + 1
@@ -396,6 +397,7 @@ class Engine:
                 max(map(len, drafts)),
                 drafted_at - began,
                 caught_up=short,
+                typical=typical,
             )
 
     def _append_tokens(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> torch.Tensor:

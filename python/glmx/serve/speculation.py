@@ -35,6 +35,7 @@ HOPE = 0.8  # of drafts that were never tried: high, so that they are
 POOL_WEIGHT, POOL_DECAY = 4.0, 0.995  # all sequences: HOPE counts as 4 tries, and the last 200 tries count
 OWN_WEIGHT, OWN_DECAY = 8.0, 0.95  # one sequence: the others' share counts as 8 tries, and its last 20 count
 RECENT_TIMES = 9  # a median of so many is deaf to a step that had to wait for a core
+UNTYPICAL = 6  # steps with drafts in a row that say nothing of the time of later ones: after so many they count all the same
 STALE_TIMES = 256  # measurements: a size not seen for so long is measured anew, as contexts have grown since
 
 
@@ -175,6 +176,7 @@ class Speculation:
         self._patience = PROBE_STEPS  # the last one that a sequence came to, where the next begins
         # By rows; a draft step's are the sequences that take part in it, on average over a step's.
         self._forwards, self._draft_steps = Times(), Times()
+        self._untypical = 0  # steps with drafts since the last typical one
         self._timed = 0  # the most draft steps of a step that was timed: one more at a time is tried, not four
         self._tried: list[Track] = []  # those that the last step gave a draft as a try
         self._saved_s = 0.0  # time put aside for tries, less what drafts have lost
@@ -267,13 +269,27 @@ class Speculation:
                 known.observe(count, right)
 
     def observe_times(
-        self, rows: int, forward_s: float, drafts: int, depth: int, drafting_s: float, caught_up: bool = True
+        self,
+        rows: int,
+        forward_s: float,
+        drafts: int,
+        depth: int,
+        drafting_s: float,
+        caught_up: bool = True,
+        typical: bool = True,
     ) -> None:
         """What a step without prompts took, after `observe` of it: its forward, and the draft steps.
 
         depth  draft steps, the most drafts that a sequence got; `drafts` of all together
         caught_up  the draft steps had no more to do than drafts
+        typical    false: it took longer than later ones of its kind will
         """
+        if not typical:
+            self._untypical += drafts > 0
+            if not drafts or self._untypical <= UNTYPICAL:
+                return
+        elif drafts:
+            self._untypical = 0
         self._saved_s += TRY_SHARE * forward_s
         if not drafts and self._quiet[1] % 4:
             self._saved_s = min(self._saved_s, 0.0)
