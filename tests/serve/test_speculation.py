@@ -223,7 +223,7 @@ def test_it_learns_step_by_step():
 
 
 def test_depths_are_timed_one_by_one():
-    """What is not timed yet looks free: without a bound, four right guesses would lead to five rows that nobody knows."""
+    """What is not timed looks free: without a bound, four right guesses would lead to five rows that nobody knows."""
     policy = Speculation(6, True)
     tracks = [policy.track()]
     for depth in range(1, 4):

@@ -13,7 +13,7 @@
 // Measured   Zen 4, 1 thread, CPU time on a shared machine, share of the tree fed from L1 (bench/roofline.py: 113 GFLOP/s, avx2 114),
 //            bf16: 512 x 2048 -> 1408 90 GFLOP/s forward (79 %), 93 dgrad, 85 wgrad; 8 experts of 32 rows 68 (60 %); avx2 96 (84 %);
 //            Zen 5, 1 thread, weights from memory, share of a read of the same memory (36 to 38 GB/s): one row 87 to 98 % at K of 512 to
-//            4096, 2 rows 99, 4 rows 85 to 88, 6 rows 69; avx2, one row 93 to 100. Rows are re-measured by bench/ops/bench_grouped_gemm.py
+//            4096, 2 rows 99, 4 rows 85 to 88; avx2, one row 93 to 100. Rows are re-measured by bench/ops/bench_grouped_gemm.py
 // Limits     checked in ops/grouped_gemm.cpp
 
 #include "cpu/inl/gemm_driver.inl"

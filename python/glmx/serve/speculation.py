@@ -35,7 +35,7 @@ HOPE = 0.8  # of drafts that were never tried: high, so that they are
 POOL_WEIGHT, POOL_DECAY = 4.0, 0.995  # all sequences: HOPE counts as 4 tries, and the last 200 tries count
 OWN_WEIGHT, OWN_DECAY = 8.0, 0.95  # one sequence: the others' share counts as 8 tries, and its last 20 count
 RECENT_TIMES = 9  # a median of so many is deaf to a step that had to wait for a core
-UNTYPICAL = 6  # steps with drafts in a row that say nothing of the time of later ones: after so many they count all the same
+UNTYPICAL = 6  # steps with drafts in a row that say nothing of later ones' times: after so many they count all the same
 STALE_TIMES = 256  # measurements: a size not seen for so long is measured anew, as contexts have grown since
 
 
