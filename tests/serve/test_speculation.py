@@ -206,6 +206,21 @@ def test_far_from_a_try_it_sleeps_ever_longer():
     assert not policy.sleeps(tracks), "once awake it looks around first"
 
 
+def test_new_sequences_sleep_at_once_where_nothing_pays():
+    policy, cost, draw = Speculation(2, True), linear(10, 3, 5), random.Random(11)
+    first = policy.track()
+    assert policy.hopeful(first)
+    run(policy, [0.0], cost, 300, draw, [first])
+    tracks = [policy.track()]
+    assert not policy.hopeful(tracks[0])
+    assert not policy.sleeps(tracks), "it looks once"
+    run(policy, [0.0], cost, 1, draw, tracks)
+    assert policy.sleeps(tracks)
+    paying = Speculation(2, True)
+    run(paying, [1.0], linear(10, 0.1, 0.1), 300, draw, [paying.track()])
+    assert paying.hopeful(paying.track())
+
+
 def test_a_try_that_is_not_paid_for_is_far():
     policy = Speculation(2, True)
     track = policy.track()

@@ -187,8 +187,9 @@ class Speculation:
         self._sleep, self._slept, self._next_sleep = 0, 0, QUIET_STEPS
 
     def track(self) -> Track:
-        """For a new sequence."""
-        return Track(Acceptance(self.limit, self._pool), patience=self._patience)
+        """For a new sequence, which is as hopeful as the last ones were."""
+        idle = 0 if self._next_sleep == QUIET_STEPS else QUIET_STEPS
+        return Track(Acceptance(self.limit, self._pool), idle, self._patience)
 
     def counts(self, tracks: Sequence[Track], rooms: Sequence[int]) -> list[int]:
         """Drafts for each sequence of a step, at most its room."""
