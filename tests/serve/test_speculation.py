@@ -210,7 +210,8 @@ def test_new_sequences_sleep_at_once_where_nothing_pays():
     policy, cost, draw = Speculation(2, True), linear(10, 3, 5), random.Random(11)
     first = policy.track()
     assert policy.hopeful(first)
-    run(policy, [0.0], cost, 300, draw, [first])
+    run(policy, [0.0], cost, 150, draw, [first])
+    assert first.patience < MAX_PROBE_STEPS
     tracks = [policy.track()]
     assert not policy.hopeful(tracks[0])
     assert not policy.sleeps(tracks), "it looks once"
