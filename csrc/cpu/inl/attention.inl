@@ -1,7 +1,7 @@
 // attention: causal softmax(q k^T * scale) v over each sequence's own keys, several query tokens per sequence; its gradients
 // Contract   include/glmx/ops.h AttentionParams   Oracle reference/attention.py   Doc docs/ops/attention.md
 // Shapes     q [T,A,Dk] | k [rows,G,Dk] | v [rows,G,Dv], or the first Dv of k | out [T,A,Dv] | lse [T,A] f32
-// Layout     the A/G heads of a kv head's tokens are packed as the rows of tiles (fp32); keys are packed, block by block, into panels
+// Layout     the A/G heads of a kv head's tokens are packed as the rows of tiles (words); keys are packed, block by block, into panels
 //            that stay in L1 (16 per panel and vector); values are widened on their way into panels. One tile of rows packs no keys
 // Numerics   ops.h, "Attention". A row multiplies no key that it does not see, so a NaN in a later token stays there; X2 and X3 hold
 //            because a row's operations follow from its own sequence and position alone

@@ -1,7 +1,7 @@
 // grouped_gemm: out[r,:] = x[token(r),:] @ w[e(r)]^T, its dgrad (dy @ w) and wgrad (dy^T @ x), for every vector ISA
 // Contract   include/glmx/ops.h GroupedGemmParams   Oracle reference/grouped_gemm.py, gemm_tree.py   Doc docs/ops/grouped_gemm.md
 // Shapes     x [M,K] | w [E,N,K] | dy, out [R,N] | dx [R,K] | dw [E,N,K] | offsets [E+1] i32 | row_token [R] i32
-// Layout     both operands are packed to fp32 in chunks of kDepth: the broadcast side in tiles of kRows rows, the vector side in panels of
+// Layout     both operands are packed to words in chunks of kDepth: the broadcast side in tiles of kRows rows, the vector side in panels of
 //            kCols columns [depth][kCols]; depth is padded with zeros to 32, rows and columns that do not exist are never stored
 // Numerics   the GEMM tree of ops.h, run for padded depth too; one rounding at the end. A result depends on its row, its column and
 //            the depth alone, so X1 and X2 hold; the operations are those of V16, so X5 holds

@@ -1,7 +1,7 @@
 // head_gemm: y[t,a,:] = x[t,a,:] @ w[a]^T, or @ w[a]; head_gemm_wgrad: dw[a] = dy[:,a,:]^T @ x[:,a,:]; for every vector ISA
 // Contract   include/glmx/ops.h HeadGemmParams   Oracle reference/head_gemm.py, gemm_tree.py   Doc docs/ops/head_gemm.md
 // Shapes     x [T,A,K] | w [A,N,K] or [A,K,N] | y, dy [T,A,N] | dw [A,N,K]; views, dense in the last dimension
-// Layout     as in grouped_gemm.inl: both operands are packed to fp32, tiles of kRows tokens and panels of kCols columns
+// Layout     as in grouped_gemm.inl: both operands are packed to words, tiles of kRows tokens and panels of kCols columns
 // Numerics   the GEMM tree of ops.h; one rounding at the end. A result depends on its row, its column and the depth alone
 // Algorithm  gemm_driver.inl with heads in the place of experts: a work item is a block of tokens x a block of columns of one head.
 //            The rows of w [A,N,K] meet a single tile of tokens unpacked; those of w [A,K,N] are always packed

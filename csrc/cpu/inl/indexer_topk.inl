@@ -1,7 +1,7 @@
 // indexer_topk: weighted-ReLU scores of the keys that each query token sees, and the exact top_k of them
 // Contract   include/glmx/ops.h IndexerTopkParams   Oracle reference/indexer_topk.py   Doc docs/ops/indexer_topk.md
 // Shapes     q [T,Hi,Di] | weights [T,Hi] f32 | k [rows,Di] | topk_indices [T,top_k] i32
-// Layout     the heads of each token of an item are packed as the rows of tiles (fp32); keys are packed, a panel of 16 per vector at a
+// Layout     the heads of each token of an item are packed as the rows of tiles (words); keys are packed, a panel of 16 per vector at a
 //            time, into L1, and meet all tokens of the item there
 // Numerics   a score is the GEMM tree per head, then fp32 fma over the heads in order. Selection is exact in a total order: the best of a
 //            whole are the best among the best of its parts, so ranges of keys may be split over threads, X2 and X3 hold by definition
