@@ -74,9 +74,10 @@ inline void queries_times_keys(const Word<T>* tiles, int64_t from, int64_t rows,
   using W = Word<T>;
   if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys, keys + n * stride);
   std::memset(out + from * kBlockKeys, 0, static_cast<size_t>((rows - from) * kBlockKeys) * 4);
+  constexpr int64_t depth = 32 * kPerWord<W>;  // short: the transposition of a panel runs beside the last FMAs of the one before
   for (int64_t j = 0; j < n; j += kCols) {
-    for (int64_t k = 0; k < D; k += kDepth<W>) {
-      const int64_t now = least(kDepth<W>, D - k);
+    for (int64_t k = 0; k < D; k += depth) {
+      const int64_t now = least(depth, D - k);
       pack_panel_rows(keys + j * stride + k, stride, least(kCols, n - j), now, panel);
       for (int64_t i = from; i < rows; i += kRows) {
         tile_times_panel_n<PackedRows<W>>(rows - i, tiles + i * row_words<T>(D) + k / kPerWord<W> * kRows, panel, out + i * kBlockKeys + j,
@@ -111,6 +112,20 @@ inline void times_seen(int64_t rows, const float* weights, const float* panel, f
   tile_times_panel_n<QueryTile<float>>(rows, weights, panel, acc, ld, seen, meanwhile);
 }
 
+// Columns of rows of values, as a tile that comes first walks down them: it leaves them packed for the others.
+template <class T>
+struct ValueColumns {
+  const T* at;
+  int64_t stride;
+  float* panel;
+  [[gnu::always_inline]] void next(V16 (&out)[kVecs]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) store(panel + 16 * j, out[j] = load(at + 16 * j));
+    at += stride;
+    panel += kCols;
+  }
+};
+
 // acc[i] += p[i] @ rows of `values`, for rows [from, rows): row i takes its first seen[i] keys and touches no other.
 // room: words for weights that must be packed, [rows][kBlockKeys / kPerWord].
 template <class T, class Meanwhile = const Nothing>
@@ -118,16 +133,26 @@ inline void queries_times_values(const float* p, const int32_t* seen, int64_t fr
                                  int64_t n, int64_t D, Word<T>* room, Word<T>* panels, float* acc, int64_t ld, Meanwhile&& meanwhile = {}) {
   using W = Word<T>;
   const W* weights = weight_words(p + from * kBlockKeys, rows - from, room);
+  const auto times_panel = [&](int64_t first, int64_t j, const W* panel) {
+    for (int64_t i = first, end; i < rows; i = end) {
+      for (end = i + 1; end < least(rows, i + kRows) && seen[end] == seen[i];) ++end;
+      times_seen(end - i, weights + (i - from) * QueryTile<W>::row, panel, acc + i * ld + j, ld, seen[i], n, meanwhile);
+    }
+  };
+  if constexpr (kPerWord<W> == 1) {
+    const int64_t last = from + kRows - 1;
+    if (D % kCols == 0 && last < rows && seen[from] == n && seen[last] == n) {  // later rows see no less than earlier ones
+      for (int64_t j = 0; j < D; j += kCols) {
+        tile_times_columns<kRows, QueryTile<W>>(weights, ValueColumns<T>{values + j, stride, panels}, acc + from * ld + j, ld, n, meanwhile);
+        times_panel(from + kRows, j, panels);
+      }
+      return;
+    }
+  }
   for (int64_t first = 0; first < D; first += kValueCols) {
     const int64_t cols = least(kValueCols, D - first);
     pack_values(values + first, stride, n, cols, panels);
-    for (int64_t j = 0; j < cols; j += kCols) {
-      for (int64_t i = from, end; i < rows; i = end) {
-        for (end = i + 1; end < least(rows, i + kRows) && seen[end] == seen[i];) ++end;
-        times_seen(end - i, weights + (i - from) * QueryTile<W>::row, panels + j * words_of<W>(n), acc + i * ld + first + j, ld, seen[i], n,
-                   meanwhile);
-      }
-    }
+    for (int64_t j = 0; j < cols; j += kCols) times_panel(from, first + j, panels + j * words_of<W>(n));
   }
 }
 
@@ -321,15 +346,22 @@ template <class Unit, class Keys, class T = typename Unit::T>
 void attend(const QueryRows& rows, const Keys& keys, int64_t groups, const AttendShape& shape, const T* q, T* out, float* lse) {
   const auto plans = plan_in_scratch<ForwardPlans<Unit>>(groups, rows.count, shape, Keys::kGathered);
   for (int64_t g = 0; g < groups; ++g) attend_begin(plans.group(g), rows.group(g), q);
-  const int64_t all = rows.seen(rows.count - 1), size = sizeof(T), tiles = groups * ((rows.count + kRows - 1) / kRows);
+  const int64_t all = rows.seen(rows.count - 1), size = sizeof(T), tiles = (rows.count + kRows - 1) / kRows;
   for (int64_t first = 0; first < all; first += kBlockKeys) {
-    const int64_t n = least(kBlockKeys, all - first), next = first + n, next_end = least(next + kBlockKeys, all);
-    const auto fetch = [&](bool v, int64_t D) {
-      const auto row = [&keys, v](int64_t j) { return keys.row(j, v); };
-      return FetchRows(row, next, v && Keys::kGathered != 0 ? next : next_end, groups * D * size, tiles * 2 * ((D + 31) / 32));
-    };
-    auto fetch_k = fetch(false, shape.Dk), fetch_v = fetch(true, shape.Dv);
+    const int64_t n = least(kBlockKeys, all - first);
     for (int64_t g = 0; g < groups; ++g) {
+      // While this kv head's block is multiplied, the next kv head's is fetched, or the first one's next block.
+      const int64_t next_g = (g + 1) % groups, next = next_g == 0 ? first + n : first, next_n = next < all ? least(kBlockKeys, all - next) : 0;
+      const auto fetch = [&](bool v, int64_t D) {
+        const int64_t calls = tiles * 2 * ((D + 31) / 32);
+        if constexpr (Keys::kGathered == 0) {
+          const KeyBlock<T> block = next_n == 0 ? KeyBlock<T>{} : keys.group(next_g).block(next, next_n, nullptr);
+          return FetchLinesOf(v ? block.v : block.k, (v ? block.v_stride : block.k_stride) * size, next_n, D * size, calls);
+        } else {
+          return FetchRows([&keys](int64_t j) { return keys.row(j, false); }, next, v ? next : next + next_n, D * size, calls);
+        }
+      };
+      auto fetch_k = fetch(false, shape.Dk), fetch_v = fetch(true, shape.Dv);
       const auto plan = plans.group(g);
       attend_block(plan, rows.group(g), keys.group(g).block(first, n, plan.gathered), first, n, shape.scale, fetch_k, fetch_v);
     }
