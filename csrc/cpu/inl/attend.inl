@@ -74,10 +74,9 @@ inline void queries_times_keys(const Word<T>* tiles, int64_t from, int64_t rows,
   using W = Word<T>;
   if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys, keys + n * stride);
   std::memset(out + from * kBlockKeys, 0, static_cast<size_t>((rows - from) * kBlockKeys) * 4);
-  constexpr int64_t depth = 32 * kPerWord<W>;  // short: the transposition of a panel runs beside the last FMAs of the one before
   for (int64_t j = 0; j < n; j += kCols) {
-    for (int64_t k = 0; k < D; k += depth) {
-      const int64_t now = least(depth, D - k);
+    for (int64_t k = 0; k < D; k += kDepth<W>) {
+      const int64_t now = least(kDepth<W>, D - k);
       pack_panel_rows(keys + j * stride + k, stride, least(kCols, n - j), now, panel);
       for (int64_t i = from; i < rows; i += kRows) {
         tile_times_panel_n<PackedRows<W>>(rows - i, tiles + i * row_words<T>(D) + k / kPerWord<W> * kRows, panel, out + i * kBlockKeys + j,
@@ -340,8 +339,13 @@ void attend_block(const ForwardPlan<Unit>& plan, const QueryRows& rows, const Ke
   sums.add(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n, fetch_v);
 }
 
+// Kv heads of an item that are fetched together, their rows side by side: pieces of 1 KB in fp32. Shorter ones are too much walking, longer
+// ones that are no whole rows make the CPU's own fetching run on into other threads' heads.
+constexpr int64_t kFetchGroups = 2;
+
 // The rows of `groups` kv heads, of which `rows` and `keys` are the first. Keys::block(first, n, gathered) gives n keys; gathered has room
-// for kBlockKeys rows of Dk if Keys asks for it. Keys::row(j, v) is where key j lies, or its value.
+// for kBlockKeys rows of Dk if Keys asks for it. Then Keys::row(j, v) is where key j lies, or its value, else Keys::fetch(v, first, n, all,
+// ...) fetches a block of keys, or its values.
 template <class Unit, class Keys, class T = typename Unit::T>
 void attend(const QueryRows& rows, const Keys& keys, int64_t groups, const AttendShape& shape, const T* q, T* out, float* lse) {
   const auto plans = plan_in_scratch<ForwardPlans<Unit>>(groups, rows.count, shape, Keys::kGathered);
@@ -349,21 +353,24 @@ void attend(const QueryRows& rows, const Keys& keys, int64_t groups, const Atten
   const int64_t all = rows.seen(rows.count - 1), size = sizeof(T), tiles = (rows.count + kRows - 1) / kRows;
   for (int64_t first = 0; first < all; first += kBlockKeys) {
     const int64_t n = least(kBlockKeys, all - first);
-    for (int64_t g = 0; g < groups; ++g) {
-      // While this kv head's block is multiplied, the next kv head's is fetched, or the first one's next block.
-      const int64_t next_g = (g + 1) % groups, next = next_g == 0 ? first + n : first, next_n = next < all ? least(kBlockKeys, all - next) : 0;
+    for (int64_t g = 0; g < groups; g += kFetchGroups) {
+      // While these kv heads' blocks are multiplied, those of the next kv heads are fetched, or the next ones of the first.
+      const int64_t end = least(g + kFetchGroups, groups), next_g = end == groups ? 0 : end, next = next_g == 0 ? first + n : first;
+      const int64_t next_n = next < all ? least(kBlockKeys, all - next) : 0, calls = (end - g) * tiles * 2;
       const auto fetch = [&](bool v, int64_t D) {
-        const int64_t calls = tiles * 2 * ((D + 31) / 32);
         if constexpr (Keys::kGathered == 0) {
-          const KeyBlock<T> block = next_n == 0 ? KeyBlock<T>{} : keys.group(next_g).block(next, next_n, nullptr);
-          return FetchLinesOf(v ? block.v : block.k, (v ? block.v_stride : block.k_stride) * size, next_n, D * size, calls);
+          const int64_t row_bytes = least(kFetchGroups, groups - next_g) * D * size;
+          return keys.group(next_g).fetch(v, next, next_n, all, row_bytes, calls * ((D + 31) / 32));
         } else {
-          return FetchRows([&keys](int64_t j) { return keys.row(j, false); }, next, v ? next : next + next_n, D * size, calls);
+          return FetchRows([&keys](int64_t j) { return keys.row(j, false); }, next, v ? next : next + next_n, D * size,
+                           calls * ((D + 31) / 32));
         }
       };
       auto fetch_k = fetch(false, shape.Dk), fetch_v = fetch(true, shape.Dv);
-      const auto plan = plans.group(g);
-      attend_block(plan, rows.group(g), keys.group(g).block(first, n, plan.gathered), first, n, shape.scale, fetch_k, fetch_v);
+      for (int64_t h = g; h < end; ++h) {
+        const auto plan = plans.group(h);
+        attend_block(plan, rows.group(h), keys.group(h).block(first, n, plan.gathered), first, n, shape.scale, fetch_k, fetch_v);
+      }
     }
   }
   for (int64_t g = 0; g < groups; ++g) {

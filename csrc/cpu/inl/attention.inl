@@ -32,6 +32,11 @@ struct CachedKeys {
   }
   CachedKeys group(int64_t g) const { return {s, sequence, k + g * Dk, v + g * Dv, k_stride, v_stride, Dk, Dv}; }
   KeyBlock<T> block(int64_t first, int64_t, T*) const { return {row(first, false), row(first, true), k_stride, v_stride}; }
+  FetchBlock fetch(bool v, int64_t first, int64_t n, int64_t all, int64_t row_bytes, int64_t calls) const {
+    if (n == 0) return {nullptr, 0, 0, row_bytes, 0, calls};
+    const int64_t size = sizeof(T), later = first + kBlockKeys < all ? (row(first + kBlockKeys, v) - row(first, v)) * size : 0;
+    return {row(first, v), (v ? v_stride : k_stride) * size, n, row_bytes, later, calls};
+  }
 };
 
 // Params is AttentionParams or AttentionBackwardParams.

@@ -37,22 +37,24 @@ struct FetchRows {
   }
 };
 
-// Rows of some bytes each, `stride` bytes apart, fetched into L1 over so many calls, a line with each word of a product, so that seldom two
-// misses begin at once: what finds no free miss buffer is dropped. (Into L1: on Zen 5 a fetch into L2 alone is dropped far more often.)
-struct FetchLinesOf {
+// Rows of some bytes each, `stride` bytes apart: fetched into L1 over so many calls, a line with each word of a product. On Zen 5 a fetch that
+// finds no free miss buffer or no translation of its page is dropped, and one into L2 alone is dropped far more often: so no two lines at
+// once, and with each row one line `ahead` bytes further on, of a page that comes later.
+struct FetchBlock {
   const char* at;
-  int64_t row_lines, skip, row_left, left, each;  // lines of a row, bytes between rows; lines left of this row and of all; of a call
-  FetchLinesOf(const void* first, int64_t stride, int64_t rows, int64_t row_bytes, int64_t calls)
+  int64_t row_lines, skip, ahead, row_left, left, each;  // lines of a row, bytes between rows; lines left of this row, of all; of a call
+  FetchBlock(const void* first, int64_t stride, int64_t rows, int64_t row_bytes, int64_t later, int64_t calls)
       : at(static_cast<const char*>(first)),
         row_lines((row_bytes + 63) / 64),
         skip(stride - 64 * row_lines),
+        ahead(later),
         row_left(row_lines),
         left(rows * row_lines),
         each(left / calls + 1) {}
   struct Steps {
-    FetchLinesOf& all;
+    FetchBlock& block;
     const char* at;
-    int64_t row_lines, skip, row_left, due;
+    int64_t row_lines, skip, ahead, row_left, due;
     [[gnu::always_inline]] void step() {
       if (due == 0) return;
       __builtin_prefetch(at);
@@ -61,17 +63,18 @@ struct FetchLinesOf {
       if (--row_left == 0) {
         row_left = row_lines;
         at += skip;
+        __builtin_prefetch(at + ahead);
       }
     }
     void done() {
       while (due > 0) step();
-      all.at = at;
-      all.row_left = row_left;
+      block.at = at;
+      block.row_left = row_left;
     }
   };
   Steps operator()() {
     const int64_t due = least(each, left);
     left -= due;
-    return {*this, at, row_lines, skip, row_left, due};
+    return {*this, at, row_lines, skip, ahead, row_left, due};
   }
 };
