@@ -37,7 +37,7 @@ struct Forward {
     pack_tile<T>([&](int64_t i) { return x + (p.row_token != nullptr ? p.row_token[first + i] : first + i) * p.K; }, n, depth, out);
   }
   void pack_cols(int64_t e, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
-    pack_panel_rows<true>(weights(e, half, col) + k, p.K, n, depth, out);
+    pack_panel_rows(weights(e, half, col) + k, p.K, n, depth, out);
   }
   const T* weights(int64_t e, int64_t half, int64_t col) const {
     return static_cast<const T*>(p.w) + (e * p.N + half * width() + col) * p.K;

@@ -39,7 +39,7 @@ struct RowWeights : Heads<T> {  // w [A, N, K]
   const T* weights(int64_t a, int64_t, int64_t col) const { return static_cast<const T*>(p.w) + a * p.w_head + col * p.w_row; }
   int64_t stride() const { return p.w_row; }
   void pack_cols(int64_t a, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
-    pack_panel_rows<true>(weights(a, half, col) + k, p.w_row, n, depth, out);
+    pack_panel_rows(weights(a, half, col) + k, p.w_row, n, depth, out);
   }
 };
 
