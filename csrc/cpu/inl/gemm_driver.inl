@@ -84,6 +84,10 @@ inline Place place(const Call<Op>& call, int64_t item) {
   return {op.experts(), 0, 0, 0, 0};
 }
 
+// Weights whose rows are steps of depth. Ops without weights are those whose vector side is the inputs.
+template <class Op>
+constexpr bool kPanelColumns = !Op::kPanelRows && requires(const Op& op) { op.weights(0, 0, 0); };
+
 // Rows of weights, fetched while others are multiplied: some lines of them a call.
 struct FetchWeights {
   const char* row;
@@ -91,11 +95,13 @@ struct FetchWeights {
   int each;                         // lines of a call
   FetchLines<4, 2> lines{row};
   void operator()() {
-    if (rows == 0) return;
-    lines(each);
-    if (lines.at < row + row_bytes) return;
-    --rows;
-    lines.at = row += stride;
+    for (int64_t n = each, some; n > 0 && rows > 0; n -= some) {
+      some = least(n, (row + row_bytes - lines.at + 63) / 64);
+      lines(static_cast<int>(some));
+      if (lines.at < row + row_bytes) continue;
+      --rows;
+      lines.at = row += stride;
+    }
   }
 };
 
@@ -113,19 +119,27 @@ void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0
   W* panel = reinterpret_cast<W*>(c + tiles * kRows * ldc);
   W* packed = panel + panel_words;
   std::memset(c, 0, static_cast<size_t>(rows * ldc) * 4);
+  const int64_t size = sizeof(T);
+  const int each = static_cast<int>(kCols * size / 2 / tiles) + 1;
+  FetchWeights fetch{nullptr, 0, 0, 0, each};
   for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
     const int64_t steps = least(chunk, depth - k0), tile_words = kRows * round_up(steps, 32) / kPerWord<W>;
     for (int64_t t = 0; t < tiles; ++t)
       op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * tile_words);
+    if constexpr (kPanelColumns<Op>) {  // the next chunk
+      const int64_t k_next = k0 + steps;
+      const bool last = k_next >= depth;
+      const T* w = last ? next : op.weights(e, 0, col0) + k_next * op.stride();
+      fetch = {reinterpret_cast<const char*>(w), op.stride() * size, cols * size, least(chunk, last ? depth : depth - k_next), each};
+    }
     for (int64_t j = 0; j < halves * panels; ++j) {
       const int64_t half = j / panels, col = j % panels * kCols;
-      FetchWeights fetch{nullptr, 0, 0, 0, 0};
       if constexpr (Op::kPanelRows) {  // the next panel; after the last one the next chunk's first; then what comes after this block
-        const int64_t size = sizeof(T), j_next = (j + 1) % (halves * panels), k_next = j_next != 0 ? k0 : k0 + steps;
+        const int64_t j_next = (j + 1) % (halves * panels), k_next = j_next != 0 ? k0 : k0 + steps;
         const bool last = k_next >= depth;
         const T* w = last ? next : op.weights(e, j_next / panels, col0 + j_next % panels * kCols) + k_next;
         const int64_t row_bytes = least(chunk, last ? depth : depth - k_next) * size;
-        fetch = {reinterpret_cast<const char*>(w), op.stride() * size, row_bytes, kCols, static_cast<int>(kCols * size / 2 / tiles) + 1};
+        fetch = {reinterpret_cast<const char*>(w), op.stride() * size, row_bytes, kCols, each};
       }
       for (int64_t k = 0; k < steps; k += kDepth<W>) {
         const int64_t now = least(kDepth<W>, steps - k);
@@ -146,11 +160,13 @@ void run_item(void* context, int64_t item) {
   const Op& op = call.op;
   if (item == 0) return op.zero_tail();
   const Place now = place(call, item - 1);
-  if constexpr (Op::kPanelRows) {
+  if constexpr (Op::kPanelRows || kPanelColumns<Op>) {
     const Place then = place(call, item - 1 + call.threads);  // the item that this thread takes next, if all are as fast
     const Place& follows = then.e < op.experts() ? then : now;
     const auto* next = op.weights(follows.e, 0, follows.col);
-    if (now.rows <= kDirectRows) return run_few(op, now.e, now.row, now.rows, now.col, now.cols, next);
+    if constexpr (Op::kPanelRows) {
+      if (now.rows <= kDirectRows) return run_few(op, now.e, now.row, now.rows, now.col, now.cols, next);
+    }
     run_block(op, now.e, now.row, now.rows, now.col, now.cols, next);
   } else {
     run_block(op, now.e, now.row, now.rows, now.col, now.cols, static_cast<const char*>(nullptr));
