@@ -11,7 +11,7 @@ constexpr int64_t kFewRows = 32;            // up to so many rows, an item has 6
 // But an item of so few that its weights are not packed takes 64 to kTileCols columns, as many as leave each thread kItemsPerThread items:
 // the first 16 come unfetched where another thread had the item before. 512 columns read 3 to 8 % faster than 64 (Zen 5, one thread).
 constexpr int64_t kTileCols = 512, kItemsPerThread = 8;
-constexpr int64_t kPackedRows = 160 * 1024 / 4;  // words of packed rows per chunk, when few rows allow a chunk longer than kDepth
+constexpr int64_t kPackedRows = 288 * 1024 / 4;  // words of packed rows per chunk, when few rows allow a chunk longer than kDepth
 
 // One call: the op, how many threads work on it, and the columns of an item of up to kDirectRows rows.
 template <class Op>
@@ -84,10 +84,39 @@ inline Place place(const Call<Op>& call, int64_t item) {
   return {op.experts(), 0, 0, 0, 0};
 }
 
+// Weights whose rows are steps of depth. An op without weights multiplies two inputs, and may add to sums.
 template <class Op>
-void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
+constexpr bool kWeightColumns = !Op::kPanelRows && requires(const Op& op) { op.weights(0, 0, 0); };
+
+// Rows of memory, fetched while tiles are multiplied: so many lines of so many rows a call.
+struct FetchAhead {
+  const char* row = nullptr;
+  int64_t stride = 0, row_bytes = 0, rows = 0;  // rows that are left, that at `row` included
+  int each_lines = 0, each_rows = 0;
+  FetchLines<4, 2> lines{row};
+  FetchAhead() = default;
+  template <class T>
+  FetchAhead(const T* first, int64_t elements_apart, int64_t row_elements, int64_t count, int64_t calls)
+      : row(reinterpret_cast<const char*>(first)), stride(elements_apart * sizeof(T)), row_bytes(row_elements * sizeof(T)), rows(count) {
+    const int64_t row_lines = (row_bytes + 63) / 64, each = rows * row_lines / calls + 1;
+    each_lines = static_cast<int>(least(each, row_lines));
+    each_rows = static_cast<int>((each - 1) / row_lines) + 1;
+  }
+  void operator()() {
+    for (int i = 0; i < each_rows && rows > 0; ++i) {
+      lines(each_lines);
+      if (lines.at < row + row_bytes) return;
+      --rows;
+      lines.at = row += stride;
+    }
+  }
+};
+
+// `next`: the weights that follow, if there are any.
+template <class Op, class T>
+void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const T* next) {
   using W = typename Op::W;
-  const int64_t panels = (cols + kCols - 1) / kCols, halves = op.halves(), ldc = halves * panels * kCols;
+  const int64_t halves = op.halves(), half_panels = (cols + kCols - 1) / kCols, panels = halves * half_panels, ldc = panels * kCols;
   const int64_t tiles = (rows + kRows - 1) / kRows, depth = op.depth(e);
   const int64_t fitting = kPackedRows * kPerWord<W> / (tiles * kRows);
   const int64_t chunk = least(Op::kPanelRows && fitting > kDepth<W> ? fitting / kDepth<W> * kDepth<W> : kDepth<W>, round_up(depth, 32));
@@ -97,23 +126,40 @@ void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0
   W* panel = reinterpret_cast<W*>(c + tiles * kRows * ldc);
   W* packed = panel + panel_words;
   std::memset(c, 0, static_cast<size_t>(rows * ldc) * 4);
+  FetchAhead fetch;
+  if constexpr (requires { op.sums(e, row0, col0); }) {
+    const int64_t calls = panels * tiles * ((depth + 31) / 32);
+    if (op.sums(e, row0, col0) != nullptr && calls > 0) fetch = {op.sums(e, row0, col0), op.width(), cols, rows, calls};
+  }
   for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
     const int64_t steps = least(chunk, depth - k0), tile_words = kRows * round_up(steps, 32) / kPerWord<W>;
+    const int64_t then = k0 + steps, then_steps = least(chunk, then < depth ? depth - then : depth);  // the next chunk, or of `next`
+    const int64_t calls = tiles * ((steps + 31) / 32);                                                // of fetch, in a panel
     for (int64_t t = 0; t < tiles; ++t)
       op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * tile_words);
-    for (int64_t j = 0; j < halves * panels; ++j) {
-      const int64_t half = j / panels, col = j % panels * kCols;
+    if constexpr (kWeightColumns<Op>) {
+      fetch = {then < depth ? op.weights(e, 0, col0) + then * op.stride() : next, op.stride(), cols, then_steps, panels * calls};
+    }
+    for (int64_t j = 0; j < panels; ++j) {
+      const int64_t half = j / half_panels, col = j % half_panels * kCols;
+      if constexpr (Op::kPanelRows) {
+        if (j + 1 < panels) {
+          fetch = {op.weights(e, (j + 1) / half_panels, col0 + (j + 1) % half_panels * kCols) + k0, op.stride(), steps, kCols, calls};
+        } else {
+          fetch = {then < depth ? op.weights(e, 0, col0) + then : next, op.stride(), then_steps, kCols, calls};
+        }
+      }
       for (int64_t k = 0; k < steps; k += kDepth<W>) {
         const int64_t now = least(kDepth<W>, steps - k);
         op.pack_cols(e, half, col0 + col, least(kCols, cols - col), k0 + k, now, panel);
         for (int64_t t = 0; t < tiles; ++t) {
           tile_times_panel_n<typename Op::Layout>(rows - t * kRows, packed + t * tile_words + k / kPerWord<W> * kRows, panel,
-                                                  c + t * kRows * ldc + j * kCols, ldc, now);
+                                                  c + t * kRows * ldc + j * kCols, ldc, now, fetch);
         }
       }
     }
   }
-  for (int64_t i = 0; i < rows; ++i) op.store(e, row0 + i, col0, cols, c + i * ldc, c + i * ldc + panels * kCols);
+  for (int64_t i = 0; i < rows; ++i) op.store(e, row0 + i, col0, cols, c + i * ldc, c + i * ldc + half_panels * kCols);
 }
 
 template <class Op>
@@ -122,14 +168,17 @@ void run_item(void* context, int64_t item) {
   const Op& op = call.op;
   if (item == 0) return op.zero_tail();
   const Place now = place(call, item - 1);
-  if constexpr (Op::kPanelRows) {
-    if (now.rows <= kDirectRows) {
-      const Place then = place(call, item - 1 + call.threads);  // the item that this thread takes next, if all are as fast
-      const Place& follows = then.e < op.experts() ? then : now;
-      return run_few(op, now.e, now.row, now.rows, now.col, now.cols, op.weights(follows.e, 0, follows.col));
+  if constexpr (Op::kPanelRows || kWeightColumns<Op>) {
+    const Place then = place(call, item - 1 + call.threads);  // the item that this thread takes next, if all are as fast
+    const Place& follows = then.e < op.experts() ? then : now;
+    const auto* next = op.weights(follows.e, 0, follows.col);
+    if constexpr (Op::kPanelRows) {
+      if (now.rows <= kDirectRows) return run_few(op, now.e, now.row, now.rows, now.col, now.cols, next);
     }
+    run_block(op, now.e, now.row, now.rows, now.col, now.cols, next);
+  } else {
+    run_block(op, now.e, now.row, now.rows, now.col, now.cols, static_cast<const char*>(nullptr));
   }
-  run_block(op, now.e, now.row, now.rows, now.col, now.cols);
 }
 
 template <class Op>
