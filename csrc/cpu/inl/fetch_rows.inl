@@ -37,9 +37,9 @@ struct FetchRows {
   }
 };
 
-// Rows of some bytes each, `stride` bytes apart: fetched into L1 over so many calls, a line with each word of a product. On Zen 5 a fetch that
-// finds no free miss buffer or no translation of its page is dropped, and one into L2 alone is dropped far more often: so no two lines at
-// once, and with each row one line `ahead` bytes further on, of a page that comes later.
+// Rows of some bytes each, `stride` bytes apart: fetched into L1 over so many calls, a line with each word of a product. On Zen 5 a fetch
+// that finds no free miss buffer or no translation of its page is dropped, and one into L2 alone is dropped far more often: so no two lines
+// at once, and with each row one line `ahead` bytes further on, of a page that comes later.
 struct FetchBlock {
   const char* at;
   int64_t row_lines, skip, ahead, row_left, left, each;  // lines of a row, bytes between rows; lines left of this row, of all; of a call
