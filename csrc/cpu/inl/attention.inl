@@ -17,8 +17,8 @@
 
 // Rows of an item: queries and accumulators of 80K floats (320 KB) leave room in an L2 of 512 KB; beyond 192 rows packing keys is free.
 constexpr int64_t kItemFloats = 80 * 1024, kItemRows = 192;
-// Of a block of keys of an item's kv heads. Items of fewer heads come to each page more often: those of two take 1.3 times as long at 32,768
-// keys (fp32, 8 heads of 128 values, one thread).
+// Of a block of keys of an item's kv heads. Items of fewer heads come to each page more often: those of two take 1.3 times as long at
+// 32,768 keys (fp32, 8 heads of 128 values, one thread).
 constexpr int64_t kItemKeyBytes = 512 * 1024;
 
 template <class T>
