@@ -339,7 +339,7 @@ void attend_block(const ForwardPlan<Unit>& plan, const QueryRows& rows, const Ke
   sums.add(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n, fetch_v);
 }
 
-// Kv heads of an item whose rows are fetched side by side: on Zen 5 pieces of 1 KB (fp32, 128 values) arrive 5 to 10 % faster than those of
+// Kv heads of an item whose rows are fetched side by side: on Zen 5 pieces of 1 KB (fp32, 128 values) arrive up to 10 % faster than those of
 // one head. In longer ones that are no whole rows the CPU's own fetching runs on into another thread's heads: 4 heads lose what 2 gain.
 constexpr int64_t kFetchGroups = 2;
 
