@@ -111,17 +111,19 @@ inline void times_seen(int64_t rows, const float* weights, const float* panel, f
   tile_times_panel_n<QueryTile<float>>(rows, weights, panel, acc, ld, seen, meanwhile);
 }
 
-// Columns of rows of values, as a tile that comes first walks down them: it leaves them packed for the others.
+// Columns of values as they lie, for a tile that comes first: it leaves them packed for the others.
 template <class T>
 struct ValueColumns {
   const T* at;
   int64_t stride;
   float* panel;
-  [[gnu::always_inline]] void next(V16 (&out)[kVecs]) {
+  [[gnu::always_inline]] void word(int k, V16 (&out)[kVecs]) const {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) store(panel + 16 * j, out[j] = load(at + 16 * j));
-    at += stride;
-    panel += kCols;
+    for (int j = 0; j < kVecs; ++j) store(panel + k * kCols + 16 * j, out[j] = load(at + k * stride + 16 * j));
+  }
+  void down(int n) {
+    at += n * stride;
+    panel += n * kCols;
   }
 };
 
@@ -339,8 +341,8 @@ void attend_block(const ForwardPlan<Unit>& plan, const QueryRows& rows, const Ke
   sums.add(plan.scores, plan.seen, from, rows.count, block.v, block.v_stride, n, fetch_v);
 }
 
-// Kv heads of an item whose rows are fetched side by side: on Zen 5 pieces of 1 KB (fp32, 128 values) arrive up to 10 % faster than those of
-// one head. In longer ones that are no whole rows the CPU's own fetching runs on into another thread's heads: 4 heads lose what 2 gain.
+// Kv heads of an item whose rows are fetched side by side: on Zen 5 pieces of 1 KB (fp32, 128 values) arrive up to 10 % faster than those
+// of one head. In longer ones that are no whole rows the CPU's own fetching runs on into another thread's heads: 4 heads lose what 2 gain.
 constexpr int64_t kFetchGroups = 2;
 
 // The rows of `groups` kv heads, of which `rows` and `keys` are the first. Keys::block(first, n, gathered) gives n keys; gathered has room

@@ -21,23 +21,24 @@ struct PackedColumns {  // [words][kRows], from pack_tile_columns
   static constexpr int row = 1, depth = kRows, block = kBlockWords<W> * kRows;
 };
 
-// A panel [words][kCols] as a tile walks down it. Others may take its place: next(out) gives the next word of each column.
+// The columns of a panel [words][kCols]. Others may take their place: word(k, out) gives word k of each, down(n) goes n words down.
 template <class W>
 struct Panel {
   const W* at;
   template <class Vec>
-  [[gnu::always_inline]] void next(Vec (&out)[kVecs]) {
+  [[gnu::always_inline]] void word(int k, Vec (&out)[kVecs]) const {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) out[j] = load(at + 16 * j);
-    at += kCols;
+    for (int j = 0; j < kVecs; ++j) out[j] = load(at + k * kCols + 16 * j);
   }
+  void down(int n) { at += n * kCols; }
 };
 
 // One word of depth: chain[i][j] += row i's word * the panel's vector j.
 template <int rows, class Layout, class W, class Columns>
-[[gnu::always_inline]] inline void tile_step(const W* a, Columns& columns, V16 (&chain)[rows][kVecs]) {
+[[gnu::always_inline]] inline void tile_step(const W* a, const Columns& columns, int k, V16 (&chain)[rows][kVecs]) {
+  a += k * Layout::depth;
   decltype(set1(*a)) panel[kVecs];
-  columns.next(panel);
+  columns.word(k, panel);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     const auto row = set1(a[i * Layout::row]);
@@ -50,7 +51,7 @@ template <int rows, class Layout, class W, class Columns>
 // would do no more than turn a chain of -0 into +0, which adding +0 does too.
 template <int rows, class Layout, class W, class Columns, class Meanwhile>
 inline void tile_times_columns(const W* a, Columns columns, float* c, int64_t ldc, int64_t depth, Meanwhile& meanwhile) {
-  for (; depth > 0; depth -= 32, a += Layout::block) {
+  for (; depth > 0; depth -= 32, a += Layout::block, columns.down(kBlockWords<W>)) {
     auto other = meanwhile();
     const int words = depth < 32 ? static_cast<int>(words_of<W>(depth)) : kBlockWords<W>;
     V16 even[rows][kVecs], odd[rows][kVecs];
@@ -62,11 +63,11 @@ inline void tile_times_columns(const W* a, Columns columns, float* c, int64_t ld
     int k = 0;
     for (; k + 1 < words; k += 2) {
       other.step();
-      tile_step<rows, Layout>(a + k * Layout::depth, columns, even);
+      tile_step<rows, Layout>(a, columns, k, even);
       other.step();
-      tile_step<rows, Layout>(a + (k + 1) * Layout::depth, columns, odd);
+      tile_step<rows, Layout>(a, columns, k + 1, odd);
     }
-    if (k < words) tile_step<rows, Layout>(a + k * Layout::depth, columns, even);
+    if (k < words) tile_step<rows, Layout>(a, columns, k, even);
     other.done();
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
