@@ -1,4 +1,4 @@
-// The products of cpu/inl/attend.inl on tiles, in the place of its FmaUnit: bf16, the same bits.
+// The products of cpu/inl/attend.inl on tiles, in the place of its VectorUnit: bf16, the same bits.
 // Scores: rows of keys are the left operand, read from where they lie, and packed queries the right one: few queries pack no keys. Results
 // come out as [keys][queries] and are transposed. Sums: weights are the left operand, values the right one, packed as pairs of rows.
 // Included after attend.inl and what tile_product.h needs, inside an anonymous namespace.

@@ -22,6 +22,6 @@ constexpr int kRows = 4, kVecs = 2;  // as avx512
 #include "cpu/avx512_bf16/pair_weights.h"
 }  // namespace
 
-void attention(const AttentionParams& p) { forward_of<FmaUnit<uint16_t>>(p); }
-void attention_backward(const AttentionBackwardParams& p) { backward_of<FmaUnit<uint16_t>>(p); }
+void attention(const AttentionParams& p) { forward_of<VectorUnit<uint16_t>>(p); }
+void attention_backward(const AttentionBackwardParams& p) { backward_of<VectorUnit<uint16_t>>(p); }
 }  // namespace glmx::cpu::avx512_bf16

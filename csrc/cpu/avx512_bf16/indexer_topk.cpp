@@ -19,5 +19,5 @@ constexpr int kRows = 4, kVecs = 2;  // as avx512
 #include "cpu/inl/indexer_topk.inl"
 }  // namespace
 
-void indexer_topk(const IndexerTopkParams& p) { index_forward_of<FmaProducts<uint16_t>>(p); }
+void indexer_topk(const IndexerTopkParams& p) { index_forward_of<VectorProducts<uint16_t>>(p); }
 }  // namespace glmx::cpu::avx512_bf16

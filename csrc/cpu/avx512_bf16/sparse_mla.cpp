@@ -22,6 +22,6 @@ constexpr int kRows = 4, kVecs = 2;  // as avx512
 #include "cpu/avx512_bf16/pair_weights.h"
 }  // namespace
 
-void sparse_mla(const SparseMlaParams& p) { mla_forward_of<FmaUnit<uint16_t>>(p); }
-void sparse_mla_backward(const SparseMlaBackwardParams& p) { mla_backward_of<FmaUnit<uint16_t>>(p); }
+void sparse_mla(const SparseMlaParams& p) { mla_forward_of<VectorUnit<uint16_t>>(p); }
+void sparse_mla_backward(const SparseMlaBackwardParams& p) { mla_backward_of<VectorUnit<uint16_t>>(p); }
 }  // namespace glmx::cpu::avx512_bf16

@@ -160,7 +160,7 @@ inline void queries_times_values(const float* p, const int32_t* seen, int64_t fr
 // How an item's products are made: by the GEMM tree on the vector unit. Everything else is independent of it: a kernel for a matrix unit
 // replaces this struct.
 template <class Element>
-struct FmaUnit {
+struct VectorUnit {
   using T = Element;
   static constexpr int64_t kTileRows = kRows;  // query rows that are multiplied together
   struct Session {};                           // alive while an item runs

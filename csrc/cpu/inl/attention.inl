@@ -131,7 +131,7 @@ void forward_of(const AttentionParams& p) {
 }
 
 inline void attention_forward(const AttentionParams& p) {
-  p.dtype == DType::bf16 ? forward_of<FmaUnit<uint16_t>>(p) : forward_of<FmaUnit<float>>(p);
+  p.dtype == DType::bf16 ? forward_of<VectorUnit<uint16_t>>(p) : forward_of<VectorUnit<float>>(p);
 }
 
 template <class T>
@@ -304,5 +304,5 @@ void backward_of(const AttentionBackwardParams& p) {
 }
 
 inline void attention_gradients(const AttentionBackwardParams& p) {
-  p.dtype == DType::bf16 ? backward_of<FmaUnit<uint16_t>>(p) : backward_of<FmaUnit<float>>(p);
+  p.dtype == DType::bf16 ? backward_of<VectorUnit<uint16_t>>(p) : backward_of<VectorUnit<float>>(p);
 }

@@ -28,14 +28,14 @@ constexpr int64_t kListTokens = 64;          // of an item that writes lists of 
 // The products of the heads of an item's tokens with a panel of keys, by the GEMM tree on the vector unit. Everything else is independent
 // of how products are made: a kernel for a matrix unit replaces this struct.
 template <class Element>
-struct FmaProducts {
+struct VectorProducts {
   using T = Element;
   struct Session {};                       // alive while an item runs
   static constexpr int64_t kKeys = kCols;  // of a panel; divides kPageRows, so that the keys of a panel lie side by side
   using W = Word<T>;
   int64_t heads, depth;
   W *tiles, *panel;
-  FmaProducts(Pieces& pieces, int64_t tokens, int64_t Hi, int64_t Di) : heads(Hi), depth(Di) {
+  VectorProducts(Pieces& pieces, int64_t tokens, int64_t Hi, int64_t Di) : heads(Hi), depth(Di) {
     tiles = pieces.take<W>(tokens * token_words());
     panel = pieces.take<W>(words() * kKeys);
   }
@@ -297,5 +297,5 @@ void index_forward_of(const IndexerTopkParams& p) {
 }
 
 inline void index_forward(const IndexerTopkParams& p) {
-  p.dtype == DType::bf16 ? index_forward_of<FmaProducts<uint16_t>>(p) : index_forward_of<FmaProducts<float>>(p);
+  p.dtype == DType::bf16 ? index_forward_of<VectorProducts<uint16_t>>(p) : index_forward_of<VectorProducts<float>>(p);
 }

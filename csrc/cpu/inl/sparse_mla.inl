@@ -65,7 +65,7 @@ void mla_forward_of(const SparseMlaParams& p) {
 }
 
 inline void mla_forward(const SparseMlaParams& p) {
-  p.dtype == DType::bf16 ? mla_forward_of<FmaUnit<uint16_t>>(p) : mla_forward_of<FmaUnit<float>>(p);
+  p.dtype == DType::bf16 ? mla_forward_of<VectorUnit<uint16_t>>(p) : mla_forward_of<VectorUnit<float>>(p);
 }
 
 template <class T>
@@ -157,5 +157,5 @@ void mla_backward_of(const SparseMlaBackwardParams& p) {
 }
 
 inline void mla_backward(const SparseMlaBackwardParams& p) {
-  p.dtype == DType::bf16 ? mla_backward_of<FmaUnit<uint16_t>>(p) : mla_backward_of<FmaUnit<float>>(p);
+  p.dtype == DType::bf16 ? mla_backward_of<VectorUnit<uint16_t>>(p) : mla_backward_of<VectorUnit<float>>(p);
 }
