@@ -139,8 +139,8 @@ class Variant:
             assert request.error is None, request.error
         return seconds, [request.token_ids for request in requests], steps
 
-    def _replaced(self, requests: list[Request], counts: list[int], draw: Any) -> list[list[int]]:
-        drafts = self._made(requests, counts, draw)
+    def _replaced(self, requests: list[Request], counts: list[int]) -> list[list[int]]:
+        drafts = self._made(requests, counts)
         for request, guesses in zip(requests, drafts, strict=True):
             answer, done = self.plain[tuple(request.prompt_token_ids)], len(request.token_ids)
             for j, guess in enumerate(guesses):

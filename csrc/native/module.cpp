@@ -93,6 +93,15 @@ void scale(uintptr_t out, uintptr_t x, int64_t n, float factor) {
   glmx::run(glmx::scale_elements, {address<float>(x), address<float>(out), n, factor});
 }
 
+// Whether tables[i][names[i]] is objects[i] for each i: the weights of hundreds of modules, before every step.
+bool same_objects(const py::list& tables, const py::list& names, const py::list& objects) {
+  for (size_t i = 0; i < objects.size(); ++i) {
+    PyObject* const table = PyList_GET_ITEM(tables.ptr(), i);
+    if (PyDict_GetItem(table, PyList_GET_ITEM(names.ptr(), i)) != PyList_GET_ITEM(objects.ptr(), i)) return false;
+  }
+  return true;
+}
+
 // What python/glmx/models/recorder.py records with. Pointers are addresses of dense memory, or of memory with the given strides.
 void define_recording(py::module_& m) {
   py::class_<glmx::Recording>(m, "Recording", "The op calls of one forward; `replay` makes them again.")
@@ -101,6 +110,7 @@ void define_recording(py::module_& m) {
       .def_static("end", &glmx::Recording::end)
       .def("__len__", &glmx::Recording::size)
       .def("replay", &glmx::Recording::replay, py::call_guard<py::gil_scoped_release>());
+  m.def("same_objects", same_objects);
   m.def("copy", copy);
   m.def("gather", gather);
   m.def("add", add);

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import glmx
+from glmx import ops
 from glmx.data import tokenizer as tokenizers
 from glmx.models import checkpoint
-from glmx.serve import engine as engine_module
 from glmx.serve.worker import ContextLengthError, QueueFullError, ShuttingDownError, Worker
 from tiny_glm import random_ids, random_model, tiny_config
 
@@ -241,14 +241,14 @@ def test_a_request_that_fails_does_not_take_the_others_along(llm, worker, alone,
 
         monkeypatch.setattr(llm.model, "forward_tokens", broken)
     else:
-        sample = engine_module.sample
+        sample = ops.sample
 
         def broken(logits, *, top_p, **kwargs):
             if 0.5 in top_p:
                 raise RuntimeError("out of\nmemory")
             return sample(logits, top_p=top_p, **kwargs)
 
-        monkeypatch.setattr(engine_module, "sample", broken)
+        monkeypatch.setattr(ops, "sample", broken)
     _, gate = held(worker, max_tokens=1)
     good, bad = Deltas(), Deltas()
     worker.submit([20, 21, 22], params(temperature=0), good)
