@@ -16,6 +16,7 @@ is the processor's, which does not count waiting for a core.
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import subprocess
@@ -104,6 +105,11 @@ class Bytes:
         self.total += module.weight.nbytes
 
 
+@functools.cache  # so that no timed step throws one
+def coin(place: int, token: int) -> float:
+    return random.Random(f"{place} {token}").random()
+
+
 class Variant:
     """An engine with a number of drafts; with a `chance`, drafts are right by a coin."""
 
@@ -119,6 +125,7 @@ class Variant:
         kind = "auto" if self.drafts == "auto, new" else self.drafts
         self.engine.speculation = speculation(kind, True)
 
+    @torch.no_grad()
     def run(self, prompts: list[list[int]]) -> tuple[float, list[list[int]], int]:
         """Seconds of the steps behind the prompts, the answers, and how many steps."""
         if self.drafts == "auto, new":
@@ -145,7 +152,7 @@ class Variant:
             answer, done = self.plain[tuple(request.prompt_token_ids)], len(request.token_ids)
             for j, guess in enumerate(guesses):
                 right = answer[done + j]
-                if random.Random(f"{request.num_tokens + j} {right}").random() < self.chance:
+                if coin(request.num_tokens + j, right) < self.chance:
                     guesses[j] = right
                 elif guess == right:
                     guesses[j] = (guess + 1) % self.model.config.vocab_size

@@ -127,7 +127,7 @@ class Replay:
         self._weights = self._current_weights()
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._sparse = [module for module in modules if isinstance(module, DSA)]
-        self._same_objects = runtime.native().same_objects
+        self._native = runtime.native()
 
     @property
     def nbytes(self) -> int:
@@ -269,11 +269,12 @@ class Replay:
 
     def _usable(self) -> bool:
         """Whether recordings may be used, and show all that somebody wants to see of a forward."""
-        if not self.enabled or self.model.training or any(self._hooks):
+        if not self.enabled or self.model.training or not self._native.all_empty(self._hooks):
             return False
-        if any(dsa.observer is not None for dsa in self._sparse):
-            return False
-        if not self._same_objects(self._tables, self._names, self._weights):
+        for dsa in self._sparse:
+            if dsa.observer is not None:
+                return False
+        if not self._native.same_objects(self._tables, self._names, self._weights):
             self._drop()
         return True
 

@@ -186,13 +186,18 @@ class Engine:
         self.check(request)
         self.waiting.append(request)
 
-    @torch.no_grad()
     def step(self) -> list[Request]:
         """One forward, at least one new token for each running request; returns those requests.
 
         When the batch fails, each of its requests runs alone, which gives the same results: those that are
         sound go on, the others end with `error` set.
         """
+        if not torch.is_grad_enabled():  # who makes many steps saves the context of each
+            return self._step()
+        with torch.no_grad():
+            return self._step()
+
+    def _step(self) -> list[Request]:
         self._admit()
         running = self.running
         batches = [running] if running else []
