@@ -229,6 +229,20 @@ def test_what_cannot_be_recorded_is_refused_and_computed(function, words):
     assert torch.equal(refused.value.result, function(x, rows))
 
 
+def test_a_recording_sees_whether_what_it_watches_has_moved():
+    x, weight, other = torch.ones(3, 8), torch.ones(8), torch.ones(2)
+    recorded = record(lambda: ops.rms_norm(x, weight, 1e-5), Pool(), [weight, other])
+    x.copy_(torch.arange(24.0).view(3, 8))
+    weight.mul_(2)
+    assert recorded.replay() and torch.equal(recorded.result, ops.rms_norm(x, weight, 1e-5))
+    other.data = other.data.clone()
+    before = recorded.result.clone()
+    x.zero_()
+    assert not recorded.replay() and torch.equal(recorded.result, before)
+    with pytest.raises(RuntimeError, match="watch: expected a recording in progress: got none"):
+        torch.ops.glmx.watch([weight])
+
+
 def test_another_threads_ops_are_not_recorded():
     x, weight = torch.ones(3, 8), torch.ones(8)
 

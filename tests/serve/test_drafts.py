@@ -512,6 +512,31 @@ def test_recorded_steps_change_no_result(open_llm, plain, case):
     assert found[0] == found[1] == outputs(plain[case], asked, each) and whims[0].steps == whims[1].steps
 
 
+def test_recorded_steps_draw_their_own_tokens(open_llm, plain, monkeypatch):
+    """Of a batch whose tokens depend on nothing before them; one request that asks for more is drawn for by itself."""
+    sample, drawn = ops.sample, []
+    monkeypatch.setattr(ops, "sample", lambda logits, **rules: drawn.append(len(logits)) or sample(logits, **rules))
+    asked = prompts(plain[FAMILIES[0]], [5, 9])
+    for value in (0.0, 0.5):
+        each = [params(temperature=0.8, max_tokens=60), params(seed=8, presence_penalty=value)]
+        llm, steps, calls = open_llm(speculation=Speculation(2)), [], []
+        step = llm.engine.step
+
+        def counted(step=step, llm=llm, steps=steps, calls=calls):
+            before, preparations = len(drawn), llm.engine.replay.preparations
+            done = step()
+            if llm.engine.replay.preparations == preparations:
+                steps.append(len(done))
+                calls.append(len(drawn) - before)
+            return done
+
+        monkeypatch.setattr(llm.engine, "step", counted)
+        assert outputs(llm, asked, each) == outputs(plain[FAMILIES[0]], asked, each)
+        both = [n for n, sequences in zip(calls, steps, strict=True) if sequences == 2][1:]  # behind the prompts
+        alone = [n for n, sequences in zip(calls, steps, strict=True) if sequences == 1]
+        assert len(both) > 4 and (max(both) == 0) == (value == 0) and max(alone) == 0
+
+
 @pytest.mark.parametrize("kind", ["decoder", "mtp"])
 def test_a_replay_that_fails_leaves_everything_as_it_was(open_llm, plain, kind, monkeypatch):
     """Steps that replay are done twice: the first time the replay stops behind its last call."""
