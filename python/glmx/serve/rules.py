@@ -34,15 +34,13 @@ def draw(logits_RV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Seq
 
 def plain_rules(batch: Sequence[Request], seen: Seen) -> Rules:
     """All but histories and biases, which Request.plain ones have none of."""
-    seeds, positions, top_k, temperature, top_p, min_p = [], [], [], [], [], []
+    positions: list[int] = []
+    rows = []
     for request, counts in zip(batch, seen, strict=True):
-        rows, place, (seed, k, t, p, m) = len(counts), request.num_tokens, request.rule
-        seeds += [seed] * rows
+        place = request.num_tokens
         positions += [place + n for n in counts]
-        top_k += [k] * rows
-        temperature += [t] * rows
-        top_p += [p] * rows
-        min_p += [m] * rows
+        rows += [request.rule] * len(counts)
+    seeds, top_k, temperature, top_p, min_p = zip(*rows, strict=True)
     return Rules([*seeds, *positions, *top_k], [*temperature, *top_p, *min_p])
 
 
