@@ -90,6 +90,11 @@ inline uint32_t mask_lt(V16 a, V16 b) {
   const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)), hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ));
   return static_cast<uint32_t>(lo | hi << 8);
 }
+// The elements of `from` whose bits are set, side by side; `to` is not behind `from`, and 16 elements of it may be written.
+template <class T>
+inline void compress(const T* from, uint32_t mask, T* to) {
+  for (; mask != 0; mask &= mask - 1) *to++ = from[__builtin_ctz(mask)];
+}
 // a < b ? b : a. The instruction gives its second operand unless the first is larger.
 inline V16 max(V16 a, V16 b) { return {_mm256_max_ps(b.lo, a.lo), _mm256_max_ps(b.hi, a.hi)}; }
 // 2^a for whole numbers a in [-126, 127].

@@ -51,6 +51,12 @@ inline V16 set_lane(V16 a, int lane, float value) {
 }
 // Bit i: a < b in lane i. False for NaN.
 inline uint32_t mask_lt(V16 a, V16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+// The elements of `from` whose bits are set, side by side; `to` is not behind `from`, and 16 elements of it may be written.
+template <class T>
+inline void compress(const T* from, uint32_t mask, T* to) {
+  static_assert(sizeof(T) == 4);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), _mm512_loadu_si512(from)));
+}
 // a < b ? b : a. The instruction gives its second operand unless the first is larger.
 inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(b.v, a.v)}; }
 // 2^a for whole numbers a in [-126, 127].

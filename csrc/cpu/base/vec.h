@@ -108,6 +108,11 @@ inline uint32_t mask_lt(V16 a, V16 b) {
   GLMX_LANES mask |= (a.lane[i] < b.lane[i] ? 1u : 0u) << i;
   return mask;
 }
+// The elements of `from` whose bits are set, side by side; `to` is not behind `from`, and 16 elements of it may be written.
+template <class T>
+inline void compress(const T* from, uint32_t mask, T* to) {
+  for (; mask != 0; mask &= mask - 1) *to++ = from[__builtin_ctz(mask)];
+}
 inline V16 max(V16 a, V16 b) { return select_lt(a, b, b, a); }
 // 2^a for whole numbers a in [-126, 127].
 inline V16 pow2(V16 a) {

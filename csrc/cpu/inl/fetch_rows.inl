@@ -27,7 +27,7 @@ struct FetchRows {
       }
       const int64_t some = least(n, left);
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < some; ++i) __builtin_prefetch(now + 64 * i, 0, 2);
+      for (int64_t i = 0; i < some; ++i) __builtin_prefetch(now + 64 * i, 0, 3);
       now += 64 * some;
       left -= some;
       n -= some;

@@ -11,7 +11,7 @@ constexpr int64_t kFewRows = 32;            // up to so many rows, an item has 6
 // But an item of so few that its weights are not packed takes 64 to kTileCols columns, as many as leave each thread kItemsPerThread items:
 // the first 16 come unfetched where another thread had the item before. 512 columns read 3 to 8 % faster than 64 (Zen 5, one thread).
 constexpr int64_t kTileCols = 512, kItemsPerThread = 8;
-constexpr int64_t kPackedRows = 160 * 1024 / 4;  // words of packed rows per chunk, when few rows allow a chunk longer than kDepth
+constexpr int64_t kPackedRows = 288 * 1024 / 4;  // words of packed rows per chunk, when few rows allow a chunk longer than kDepth
 
 // One call: the op, how many threads work on it, and the columns of an item of up to kDirectRows rows.
 template <class Op>
@@ -84,8 +84,30 @@ inline Place place(const Call<Op>& call, int64_t item) {
   return {op.experts(), 0, 0, 0, 0};
 }
 
+// Weights whose rows are steps of depth. Ops without weights are those whose vector side is the inputs.
 template <class Op>
-void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
+constexpr bool kPanelColumns = !Op::kPanelRows && requires(const Op& op) { op.weights(0, 0, 0); };
+
+// Rows of weights, fetched while others are multiplied: some lines of them a call.
+struct FetchWeights {
+  const char* row;
+  int64_t stride, row_bytes, rows;  // rows that are left, that at `row` included
+  int each;                         // lines of a call
+  FetchLines<4, 2> lines{row};
+  void operator()() {
+    for (int64_t n = each, some; n > 0 && rows > 0; n -= some) {
+      some = least(n, (row + row_bytes - lines.at + 63) / 64);
+      lines(static_cast<int>(some));
+      if (lines.at < row + row_bytes) continue;
+      --rows;
+      lines.at = row += stride;
+    }
+  }
+};
+
+// `next`: the weights that follow, where they are rows.
+template <class Op, class T>
+void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const T* next) {
   using W = typename Op::W;
   const int64_t panels = (cols + kCols - 1) / kCols, halves = op.halves(), ldc = halves * panels * kCols;
   const int64_t tiles = (rows + kRows - 1) / kRows, depth = op.depth(e);
@@ -97,18 +119,34 @@ void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0
   W* panel = reinterpret_cast<W*>(c + tiles * kRows * ldc);
   W* packed = panel + panel_words;
   std::memset(c, 0, static_cast<size_t>(rows * ldc) * 4);
+  const int64_t size = sizeof(T);
+  const int each = static_cast<int>(kCols * size / 2 / tiles) + 1;
+  FetchWeights fetch{nullptr, 0, 0, 0, each};
   for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
     const int64_t steps = least(chunk, depth - k0), tile_words = kRows * round_up(steps, 32) / kPerWord<W>;
     for (int64_t t = 0; t < tiles; ++t)
       op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * tile_words);
+    if constexpr (kPanelColumns<Op>) {  // the next chunk
+      const int64_t k_next = k0 + steps;
+      const bool last = k_next >= depth;
+      const T* w = last ? next : op.weights(e, 0, col0) + k_next * op.stride();
+      fetch = {reinterpret_cast<const char*>(w), op.stride() * size, cols * size, least(chunk, last ? depth : depth - k_next), each};
+    }
     for (int64_t j = 0; j < halves * panels; ++j) {
       const int64_t half = j / panels, col = j % panels * kCols;
+      if constexpr (Op::kPanelRows) {  // the next panel; after the last one the next chunk's first; then what comes after this block
+        const int64_t j_next = (j + 1) % (halves * panels), k_next = j_next != 0 ? k0 : k0 + steps;
+        const bool last = k_next >= depth;
+        const T* w = last ? next : op.weights(e, j_next / panels, col0 + j_next % panels * kCols) + k_next;
+        const int64_t row_bytes = least(chunk, last ? depth : depth - k_next) * size;
+        fetch = {reinterpret_cast<const char*>(w), op.stride() * size, row_bytes, kCols, each};
+      }
       for (int64_t k = 0; k < steps; k += kDepth<W>) {
         const int64_t now = least(kDepth<W>, steps - k);
         op.pack_cols(e, half, col0 + col, least(kCols, cols - col), k0 + k, now, panel);
         for (int64_t t = 0; t < tiles; ++t) {
           tile_times_panel_n<typename Op::Layout>(rows - t * kRows, packed + t * tile_words + k / kPerWord<W> * kRows, panel,
-                                                  c + t * kRows * ldc + j * kCols, ldc, now);
+                                                  c + t * kRows * ldc + j * kCols, ldc, now, fetch);
         }
       }
     }
@@ -122,14 +160,17 @@ void run_item(void* context, int64_t item) {
   const Op& op = call.op;
   if (item == 0) return op.zero_tail();
   const Place now = place(call, item - 1);
-  if constexpr (Op::kPanelRows) {
-    if (now.rows <= kDirectRows) {
-      const Place then = place(call, item - 1 + call.threads);  // the item that this thread takes next, if all are as fast
-      const Place& follows = then.e < op.experts() ? then : now;
-      return run_few(op, now.e, now.row, now.rows, now.col, now.cols, op.weights(follows.e, 0, follows.col));
+  if constexpr (Op::kPanelRows || kPanelColumns<Op>) {
+    const Place then = place(call, item - 1 + call.threads);  // the item that this thread takes next, if all are as fast
+    const Place& follows = then.e < op.experts() ? then : now;
+    const auto* next = op.weights(follows.e, 0, follows.col);
+    if constexpr (Op::kPanelRows) {
+      if (now.rows <= kDirectRows) return run_few(op, now.e, now.row, now.rows, now.col, now.cols, next);
     }
+    run_block(op, now.e, now.row, now.rows, now.col, now.cols, next);
+  } else {
+    run_block(op, now.e, now.row, now.rows, now.col, now.cols, static_cast<const char*>(nullptr));
   }
-  run_block(op, now.e, now.row, now.rows, now.col, now.cols);
 }
 
 template <class Op>

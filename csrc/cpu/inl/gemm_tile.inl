@@ -118,15 +118,13 @@ inline void pad_block(const T* from, int64_t stride, int64_t rows, int64_t steps
   }
 }
 
-// Rows [0, n) of w, contiguous in depth -> a panel [words][kCols]. fetch_next: the depth behind it comes next, after other work.
-template <bool fetch_next = false, class T>
+// Rows [0, n) of w, contiguous in depth -> a panel [words][kCols].
+template <class T>
 inline void pack_panel_rows(const T* from, int64_t stride, int64_t n, int64_t depth, Word<T>* out) {
   for (int64_t k = 0; k < depth; k += 32, out += kBlockWords<Word<T>> * kCols) {
     for (int64_t j = 0; j < kCols; j += 16) {
       const T* block = from + j * stride + k;
       Word<T>* to = out + j;
-#pragma GCC unroll 16
-      for (int i = 0; fetch_next && i < 16; ++i) __builtin_prefetch(block + i * stride + depth, 0, 2);
       if (j + 16 <= n && k + 32 <= depth) {
         transpose_16x32(block, stride, to, kCols);
         continue;

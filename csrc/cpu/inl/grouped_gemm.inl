@@ -37,7 +37,7 @@ struct Forward {
     pack_tile<T>([&](int64_t i) { return x + (p.row_token != nullptr ? p.row_token[first + i] : first + i) * p.K; }, n, depth, out);
   }
   void pack_cols(int64_t e, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
-    pack_panel_rows<true>(weights(e, half, col) + k, p.K, n, depth, out);
+    pack_panel_rows(weights(e, half, col) + k, p.K, n, depth, out);
   }
   const T* weights(int64_t e, int64_t half, int64_t col) const {
     return static_cast<const T*>(p.w) + (e * p.N + half * width() + col) * p.K;
@@ -65,9 +65,11 @@ struct Dgrad {
     pack_tile<T>([&](int64_t i) { return dy + i * p.N; }, n, depth, out);
   }
   void pack_cols(int64_t e, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
-    const T* w = static_cast<const T*>(p.w) + (e * p.N + k) * p.K + col;
+    const T* w = weights(e, 0, col) + k * p.K;
     pack_panel_columns<T>([&](int64_t step) { return w + step * p.K; }, n, depth, out);
   }
+  const T* weights(int64_t e, int64_t, int64_t col) const { return static_cast<const T*>(p.w) + e * p.N * p.K + col; }
+  int64_t stride() const { return p.K; }
   void store(int64_t e, int64_t row, int64_t col, int64_t cols, float* c, float*) const {
     store_row(p.dx, p.out_dtype, p.K, p.expert_offsets[e] + row, col, cols, c, false);
   }

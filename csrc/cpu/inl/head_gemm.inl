@@ -39,7 +39,7 @@ struct RowWeights : Heads<T> {  // w [A, N, K]
   const T* weights(int64_t a, int64_t, int64_t col) const { return static_cast<const T*>(p.w) + a * p.w_head + col * p.w_row; }
   int64_t stride() const { return p.w_row; }
   void pack_cols(int64_t a, int64_t half, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
-    pack_panel_rows<true>(weights(a, half, col) + k, p.w_row, n, depth, out);
+    pack_panel_rows(weights(a, half, col) + k, p.w_row, n, depth, out);
   }
 };
 
@@ -48,9 +48,11 @@ struct ColumnWeights : Heads<T> {  // w [A, K, N]
   using Heads<T>::p;
   static constexpr bool kPanelRows = false;
   void pack_cols(int64_t a, int64_t, int64_t col, int64_t n, int64_t k, int64_t depth, Word<T>* out) const {
-    const T* w = static_cast<const T*>(p.w) + a * p.w_head + k * p.w_row + col;
+    const T* w = weights(a, 0, col) + k * p.w_row;
     pack_panel_columns<T>([&](int64_t step) { return w + step * p.w_row; }, n, depth, out);
   }
+  const T* weights(int64_t a, int64_t, int64_t col) const { return static_cast<const T*>(p.w) + a * p.w_head + col; }
+  int64_t stride() const { return p.w_row; }
 };
 
 template <class T>

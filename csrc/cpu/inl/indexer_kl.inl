@@ -128,7 +128,9 @@ inline void mean_probabilities(const float* s, int64_t A, const float* lse, floa
 // dots become relu(dot), 0 where the token does not see the key; scores its index scores, there -inf.
 inline void index_scores(float* dots, int64_t Hi, const float* weights, int32_t seen, float* scores) {
   for (int64_t j = 0; j < kBlockKeys; j += 16) {
-    store(scores + j, if_seen(seen, j, index_score16(dots + j, kBlockKeys, weights, Hi), set1(-__builtin_inff())));
+    V16 score[1];
+    index_scores_of(dots + j, kBlockKeys, weights, Hi, score);
+    store(scores + j, if_seen(seen, j, score[0], set1(-__builtin_inff())));
     for (int64_t h = 0; h < Hi; ++h) {
       float* at = dots + h * kBlockKeys + j;
       store(at, if_seen(seen, j, relu16(load(at)), zero()));

@@ -59,9 +59,9 @@ struct FmaProducts {
   }
 };
 
-// Scores of sixteen keys from their products with each head, in the order of a selection: -0 becomes +0, NaN -inf.
-inline V16 ordered_score(const float* products, int64_t stride, const float* weights, int64_t heads) {
-  const V16 score = index_score16(products, stride, weights, heads), minus_inf = set1(-__builtin_inff());
+// A score in the order of a selection: -0 becomes +0, NaN -inf.
+inline V16 in_selection_order(V16 score) {
+  const V16 minus_inf = set1(-__builtin_inff());
   return select_lt(minus_inf, score, add(score, zero()), minus_inf);
 }
 
@@ -69,12 +69,12 @@ inline V16 ordered_score(const float* products, int64_t stride, const float* wei
 struct Candidates {
   float* score;
   int32_t* key;
-  int64_t count, room;  // room: a multiple of 16 that top_k + 16 fits, and 16 floats behind it
+  int64_t count, room;  // room: a multiple of 16 that top_k + 16 fits, and 16 of each behind it
   float floor;
   bool open;  // no floor yet
   // Sixteen scores of keys from `at` on, of which the row sees n.
   void offer(V16 scores, int64_t at, int64_t n, int64_t top_k) {
-    uint32_t mask = n >= 16 ? 0xffffu : (1u << n) - 1;
+    uint32_t mask = first_bits(n);
     if (!open) mask &= mask_lt(set1(floor), scores);
     if (mask == 0) return;
     if (count + 16 > room) {
@@ -84,12 +84,12 @@ struct Candidates {
       mask &= mask_lt(set1(floor), scores);
     }
     alignas(64) float lane[16];
+    alignas(64) int32_t number[16];
     store(lane, scores);
-    for (; mask != 0; mask &= mask - 1) {
-      const int bit = __builtin_ctz(mask);
-      score[count] = lane[bit];
-      key[count++] = static_cast<int32_t>(at + bit);
-    }
+    for (int i = 0; i < 16; ++i) number[i] = static_cast<int32_t>(at) + i;
+    compress(lane, mask, score + count);
+    compress(number, mask, key + count);
+    count += __builtin_popcount(mask);
   }
 };
 
@@ -132,7 +132,7 @@ struct IndexPlan {
   IndexPlan(Pieces& pieces, const IndexerTopkParams& p, int64_t tokens, int64_t room) : products(pieces, tokens, p.Hi, p.Di) {
     product = pieces.take(round_up(p.Hi, 32) * Products::kKeys);
     score = pieces.take(tokens * (room + 16));
-    key = pieces.take<int32_t>(tokens * room);
+    key = pieces.take<int32_t>(tokens * (room + 16));
     candidates = reinterpret_cast<Candidates*>(pieces.take(tokens * static_cast<int64_t>(sizeof(Candidates) / 4)));
   }
 };
@@ -152,7 +152,7 @@ void index_scored_item(const IndexCall& call, const TokenBlock& block, int64_t r
   auto plan = plan_in_scratch<IndexPlan<Products>>(p, block.tokens, room);
   for (int64_t i = 0; i < block.tokens; ++i) {
     plan.products.pack_token(i, static_cast<const T*>(p.q) + (block.token + i) * p.Hi * p.Di);
-    plan.candidates[i] = {plan.score + i * (room + 16), plan.key + i * room, 0, room, 0.0f, true};
+    plan.candidates[i] = {plan.score + i * (room + 16), plan.key + i * (room + 16), 0, room, 0.0f, true};
   }
   const int64_t first_seen = block.keys - block.tokens + 1;  // keys that token 0 sees
   const auto keys = [&](int64_t at) { return static_cast<const T*>(p.k) + key_row(p.sequences, block.sequence, at) * p.Di; };
@@ -160,14 +160,16 @@ void index_scored_item(const IndexCall& call, const TokenBlock& block, int64_t r
     next = at + Products::kKeys;
     plan.products.pack_keys(keys(at), least(Products::kKeys, end - at));
     const int64_t from = at < first_seen ? 0 : at - first_seen + 1;
-    FetchRows fetch(keys, next, least(next + Products::kKeys, end), p.Di * static_cast<int64_t>(sizeof(T)),
+    // The next panel's keys lie side by side: they are fetched as one row.
+    FetchRows fetch(keys, next, next < end ? next + 1 : next, least(Products::kKeys, end - next) * p.Di * static_cast<int64_t>(sizeof(T)),
                     (block.tokens - from) * plan.products.calls());
     for (int64_t i = from; i < block.tokens; ++i) {
       plan.products.multiply(i, plan.product, fetch);
       const int64_t seen = least(first_seen + i, end) - at;
+      V16 scores[Products::kKeys / 16];
+      index_scores_of(plan.product, Products::kKeys, p.weights + (block.token + i) * p.Hi, p.Hi, scores);
       for (int64_t j = 0; j < least(Products::kKeys, seen); j += 16) {
-        const V16 scores = ordered_score(plan.product + j, Products::kKeys, p.weights + (block.token + i) * p.Hi, p.Hi);
-        plan.candidates[i].offer(scores, at + j, seen - j, p.top_k);
+        plan.candidates[i].offer(in_selection_order(scores[j / 16]), at + j, seen - j, p.top_k);
       }
     }
   }
@@ -210,7 +212,7 @@ struct MergePlan {
   int32_t* key;
   MergePlan(Pieces& pieces, int64_t keys) {
     score = pieces.take(keys + 16);
-    key = pieces.take<int32_t>(keys);
+    key = pieces.take<int32_t>(keys + 16);
   }
 };
 
@@ -268,9 +270,9 @@ void index_forward_of(const IndexerTopkParams& p) {
   });
   const int64_t work_ns = pairs * p.Hi * p.Di / 25 + p.sequences.T * p.top_k / 8;  // at about 50 GFLOP/s a core
   if (call.range_keys == 0) {
-    // Few blocks, as of a decode step, are split over ranges of keys until each thread has four items.
+    // Few blocks, as of a decode step, are split over ranges of keys until each thread has two items: each begins without a floor.
     const int64_t threads = work_ns < kSmallWorkNs ? 1 : parallel_threads();
-    call.range_keys = round_up(threads == 1 ? keys + 1 : keys / (4 * threads) + 1, kPageRows);
+    call.range_keys = round_up(threads == 1 ? keys + 1 : keys / (2 * threads) + 1, kPageRows);
   }
   call.part_keys = least(p.top_k, call.range_keys);
   int64_t parts = 0, split_tokens = 0;

@@ -17,12 +17,15 @@ inline float float_at(int32_t order) {
   return x;
 }
 
+// A bit for each of n lanes, of at most 16.
+inline uint32_t first_bits(int64_t n) { return n >= 16 ? 0xffffu : (1u << n) - 1; }
+
 // How many of n scores are below x. A whole last vector may be read.
 inline int64_t count_below(const float* score, int64_t n, float x) {
   const V16 bound = set1(x);
   int64_t below = 0, i = 0;
   for (; i + 16 <= n; i += 16) below += __builtin_popcount(mask_lt(load(score + i), bound));
-  if (i < n) below += __builtin_popcount(mask_lt(load(score + i), bound) & ((1u << (n - i)) - 1));
+  if (i < n) below += __builtin_popcount(mask_lt(load(score + i), bound) & first_bits(n - i));
   return below;
 }
 
@@ -51,20 +54,23 @@ inline float cut_of_largest(float* score, int64_t n, int64_t k) {
   return float_at(static_cast<int32_t>(from));
 }
 
-// Leaves the k largest of n scores, 1 <= k <= n, and their keys. Returns a cut: a later score that is not above it is not among the k
-// largest of the longer list either.
+// Leaves the k largest of n scores, 1 <= k <= n, and their keys; room for n + 16 of both. Returns a cut: a later score that is not above it
+// is not among the k largest of the longer list either.
 inline float keep_largest(float* score, int32_t* key, int64_t n, int64_t k) {
   const float cut = cut_of_largest(score, n, k);
-  int64_t above = 0, kept = 0;
-  for (int64_t i = 0; i < n; ++i) above += cut < score[i] ? 1 : 0;
-  int64_t ties = k - above;
-  for (int64_t i = 0; i < n; ++i) {  // without branches: which scores stay is a coin toss
-    const float x = score[i];
-    const bool tie = x == cut && ties > 0;
-    score[kept] = x;
-    key[kept] = key[i];
-    kept += (cut < x) | tie ? 1 : 0;
-    ties -= tie ? 1 : 0;
+  const V16 at_cut = set1(cut);
+  int64_t above = 0;
+  for (int64_t i = 0; i < n; i += 16) above += __builtin_popcount(mask_lt(at_cut, load(score + i)) & first_bits(n - i));
+  int64_t ties = k - above, kept = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const V16 x = load(score + i);
+    uint32_t tie = mask_eq(x, at_cut) & first_bits(n - i);
+    while (__builtin_popcount(tie) > ties) tie &= ~(0x80000000u >> __builtin_clz(tie));  // the last one
+    ties -= __builtin_popcount(tie);
+    const uint32_t mask = (mask_lt(at_cut, x) & first_bits(n - i)) | tie;
+    compress(score + i, mask, score + kept);
+    compress(key + i, mask, key + kept);
+    kept += __builtin_popcount(mask);
   }
   return cut;
 }

@@ -13,20 +13,26 @@
 #include "cpu/inl/key_lists.inl"
 
 constexpr int64_t kMlaItemFloats = 80 * 1024;  // as in attention: 75 heads of 576 + 512 values
+constexpr int64_t kPackedHeads = 8;            // whose products take about as long as gathering and packing the keys, which each item does
 
 // A call's tokens [token0, token0 + tokens), and how their heads are cut into items. Which heads share an item changes no bits.
 template <class Unit, class Params>
 struct MlaCall {
   static constexpr int64_t kTileRows = Unit::kTileRows;
   const Params& p;
-  int64_t token0, tokens, head_blocks, heads;  // blocks per token, heads per block
+  int64_t token0, tokens, head_blocks = 0, heads = 0;  // blocks per token, heads per block
   MlaCall(const Params& params, int64_t first, int64_t count) : p(params), token0(first), tokens(count) {
-    const int64_t most = round_up(least(p.A, kMlaItemFloats / (p.Dk + p.Dv) + 1), kTileRows);
-    head_blocks = (p.A + most - 1) / most;
-    // A decode step has few tokens: their heads are split over items until each thread has two.
-    const int64_t wanted = work_ns(2) < kSmallWorkNs ? 1 : 2 * parallel_threads();
-    while (tokens * head_blocks < wanted && p.A > head_blocks * kTileRows) head_blocks *= 2;
-    heads = round_up((p.A + head_blocks - 1) / head_blocks, kTileRows);
+    const int64_t tiles = (p.A + kTileRows - 1) / kTileRows, most = kMlaItemFloats / (p.Dk + p.Dv) / kTileRows + 1;
+    const int64_t threads = work_ns(2) < kSmallWorkNs ? 1 : parallel_threads();
+    // A decode step has few tokens: their heads are split over items, so that the thread with the most of them has little to do.
+    int64_t least_time = 0;
+    for (int64_t blocks = (tiles + most - 1) / most; blocks <= tiles; ++blocks) {
+      const int64_t each = (tiles + blocks - 1) / blocks * kTileRows,
+                    time = (tokens * blocks + threads - 1) / threads * (each + kPackedHeads);
+      if (heads != 0 && time >= least_time) continue;
+      heads = each;
+      least_time = time;
+    }
     head_blocks = (p.A + heads - 1) / heads;
   }
   int64_t items() const { return tokens * head_blocks; }
