@@ -359,7 +359,7 @@ def snapshot(engine):
     )
 
 
-@pytest.mark.parametrize("where", ["mtp_trunk", "trunk", "logits", "sample", "lm_head_logprob"])
+@pytest.mark.parametrize("where", ["mtp_trunk", "trunk", "logits", "sample", "mtp_verify", "lm_head_logprob"])
 def test_a_step_that_fails_leaves_everything_as_it_was(open_llm, plain, where, monkeypatch):
     """Steps are done again and again, each time failing one call later, until they succeed."""
     llm = open_llm(speculation=Speculation(3), max_num_batched_tokens=80)
@@ -368,7 +368,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(open_llm, plain, where, m
     requests = [llm.make_request(prompt, each) for prompt in asked]
     for request in requests:
         llm.engine.add(request)
-    owner = ops if where in ("sample", "lm_head_logprob") else llm.model
+    owner = ops if where in ("sample", "mtp_verify", "lm_head_logprob") else llm.model
     function, failures = getattr(owner, where), [0] * 6
     llm.engine._admit()
     for step in range(6):
@@ -393,7 +393,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(open_llm, plain, where, m
     expected = {
         "mtp_trunk": [1, *[3] * 5],
         "logits": [1, *[4] * 5],
-        "sample": [1, *[4] * 5],
+        "sample": [0, *[3] * 5],
     }
     assert failures == expected.get(where, [1] * 6)
     while llm.engine.has_work:
@@ -514,8 +514,10 @@ def test_recorded_steps_change_no_result(open_llm, plain, case):
 
 def test_recorded_steps_draw_their_own_tokens(open_llm, plain, monkeypatch):
     """Of a batch whose tokens depend on nothing before them; one request that asks for more is drawn for by itself."""
-    sample, drawn = ops.sample, []
-    monkeypatch.setattr(ops, "sample", lambda logits, **rules: drawn.append(len(logits)) or sample(logits, **rules))
+    drawn = []
+    for name in ("sample", "mtp_verify"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *given, op=op, **rules: drawn.append(op) or op(*given, **rules))
     asked = prompts(plain[FAMILIES[0]], [5, 9])
     for value in (0.0, 0.5):
         each = [params(temperature=0.8, max_tokens=60), params(seed=8, presence_penalty=value)]

@@ -53,7 +53,10 @@ class Rules(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """hidden [T, H] and logits fp32 [T, V] of every row; ids int64 [T], drawn by the Rules that were given."""
+    """hidden [T, H] and logits fp32 [T, V] of every row; ids int64 [T], drawn by the Rules that were given.
+
+    A row's id is what follows it, -1 where the rows before it were not to be followed so.
+    """
 
     hidden: torch.Tensor
     logits: torch.Tensor
@@ -135,7 +138,10 @@ class Replay:
         return self._pool.nbytes
 
     def forward(self, slots: Sequence[int], new: Sequence[Sequence[int]], rules: Rules | None = None) -> Forward:
-        """The next tokens of each slot. Appends to the state. `rules` [T] draw the token behind each row."""
+        """The next tokens of each slot. Appends to the state. `rules` [T] draw the token behind each row.
+
+        A slot's tokens behind its first are drafts of what follows the one before (ops.mtp_verify).
+        """
         model, state = self.model, self.state
 
         def compute(ids_T: torch.Tensor, positions_T: torch.Tensor, batch: Batch, _: Any, draw: Draw) -> Forward:
@@ -207,20 +213,28 @@ class Replay:
             ints += table
             ints += [0] * (W - len(table))
         floats: list[float] = []
-        drawn = 0
+        drawn = verified = 0
         if rules is not None:
             drawn, floats = len(rules.longs) // 3, rules.floats
             longs += rules.longs
+            if kind == "decoder":
+                verified = T
+                for ids in new:
+                    longs += ids[1:]
+                    longs.append(-1)
 
         def call(numbers: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
             longs, ints, floats = numbers
-            ids_T, positions_T, slots_T, last_B, *whole = longs.split([T, T, T, B, drawn, drawn, drawn])
+            widths = [T, T, T, B, drawn, drawn, drawn, verified]
+            ids_T, positions_T, slots_T, last_B, *whole, drafts_T = longs.split(widths)
             cu_seqlens_q, seq_lens, table = ints.split([B + 1, B, B * W])
             self.state.place(slots_T, table.view(B, W))
             batch = Batch([0, *ends], [W * PAGE] * B, slots, (cu_seqlens_q, seq_lens))
             columns = dict(zip(RULES, (*whole, *floats.split([drawn] * 3)), strict=True))
 
             def draw(logits: torch.Tensor) -> torch.Tensor | None:
+                if verified:
+                    return ops.mtp_verify(drafts_T, logits, **columns, row_offsets=cu_seqlens_q).tokens
                 return ops.sample(logits, **columns) if drawn else None
 
             return compute(ids_T, positions_T, batch, last_B, draw, *tensors)

@@ -29,7 +29,7 @@ from glmx.models.batch import Batch
 from glmx.models.decoder import Decoder
 from glmx.models.replay import MAX_ROWS, Replay
 from glmx.serve.drafts import Drafter
-from glmx.serve.rules import draw, plain_rules
+from glmx.serve.rules import plain_rules, verify
 from glmx.serve.sampling import Logprob, SamplingParams
 from glmx.serve.speculation import KEPT, Speculation, Track
 from glmx.serve.text import TextStream
@@ -304,7 +304,7 @@ class Engine:
         """One forward over what each cache lacks, and over drafts: hidden [T, H].
 
         Then of the rows of each request's last known token and its drafts, one behind the other: hidden [R, H], logits
-        [R, V], and the tokens behind them, drawn as without drafts.
+        [R, V], and the tokens behind them, drawn as without drafts; -1 behind a wrong draft.
         """
         slots = [request.slot for request in batch]
         new = [ids + guesses for ids, guesses in zip(known, drafts, strict=True)]
@@ -312,14 +312,14 @@ class Engine:
         if all(len(ids) == 1 for ids in known):  # no prompts, of whose rows few need logits
             rules = plain_rules(batch, seen) if all(request.plain for request in batch) else None
             out = self.replay.forward(slots, new, rules)
-            ids = draw(out.logits, batch, drafts, seen) if out.ids is None else out.ids.tolist()
+            ids = verify(out.logits, batch, drafts) if out.ids is None else out.ids.tolist()
             return out.hidden, out.hidden, out.logits, ids
         hidden_TH = self._append_tokens(slots, new)
         ends = accumulate(map(len, new))
         places = [end - len(counts) + n for end, counts in zip(ends, seen, strict=True) for n in counts]
         hidden_RH = hidden_TH[torch.tensor(places, device=self.model.device)]
         logits_RV = self.model.logits(hidden_RH)
-        return hidden_TH, hidden_RH, logits_RV, draw(logits_RV, batch, drafts, seen)
+        return hidden_TH, hidden_RH, logits_RV, verify(logits_RV, batch, drafts)
 
     def _settle(
         self,
@@ -484,10 +484,8 @@ def _verified(drafts: Sequence[Sequence[int]], ids: list[int]) -> list[list[int]
     """The tokens that each request gains: one, and one more for each draft that was right. `ids` are _forward's."""
     gained, first = [], 0
     for guesses in drafts:
-        right = 0
-        while right < len(guesses) and guesses[right] == ids[first + right]:
-            right += 1
-        gained.append(ids[first : first + right + 1])
+        tokens = ids[first : first + len(guesses) + 1]
+        gained.append(tokens[: tokens.index(-1)] if tokens[-1] == -1 else tokens)
         first += len(guesses) + 1
     return gained
 

@@ -1,4 +1,4 @@
-"""SamplingParams of a batch as what the op sample draws its rows by.
+"""SamplingParams of a batch as what the ops sample and mtp_verify draw their rows by.
 
 `seen` says which rows: row (b, n), for each n in seen[b], draws the token behind the first n drafts of request b. The
 rows of a batch lie one behind the other.
@@ -7,6 +7,7 @@ rows of a batch lie one behind the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,18 @@ Seen = Sequence[Sequence[int]]
 
 def draw(logits_RV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Sequence[int]], seen: Seen) -> list[int]:
     """The token of each row, by its request's parameters and by its place in the sequence."""
+    return ops.sample(logits_RV, **_columns(batch, drafts, seen)).tolist()
+
+
+def verify(logits_RV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens behind each request and its drafts, as `draw` would have them; -1 behind a wrong draft."""
+    ids = torch.tensor([i for guesses in drafts for i in (*guesses, -1)])
+    ends = torch.tensor([0, *accumulate(len(guesses) + 1 for guesses in drafts)], dtype=torch.int32)
+    columns = _columns(batch, drafts, [range(len(guesses) + 1) for guesses in drafts])
+    return ops.mtp_verify(ids, logits_RV, **columns, row_offsets=ends).tokens.tolist()
+
+
+def _columns(batch: Sequence[Request], drafts: Sequence[Sequence[int]], seen: Seen) -> dict[str, Any]:
     rules = plain_rules(batch, seen)
     longs, floats = torch.tensor(rules.longs).view(3, -1), torch.tensor(rules.floats, dtype=torch.float32).view(3, -1)
     columns = dict(zip(RULES, [*longs, *floats], strict=True))
@@ -29,7 +42,7 @@ def draw(logits_RV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Seq
         columns |= _histories(batch, drafts, seen)
     if any(request.params.logit_bias for request in batch):
         columns |= _biases(batch, seen)
-    return ops.sample(logits_RV, **columns).tolist()
+    return columns
 
 
 def plain_rules(batch: Sequence[Request], seen: Seen) -> Rules:
