@@ -1,10 +1,11 @@
 # make demo   sets everything up, trains a small GLM on this machine's Python sources, completes a prompt
 # make test   sets everything up, runs every check (lint, C++ tests, pytest under each instruction set, examples, demo)
 # make wheel  writes dist/glmx-*.whl, for any x86-64 machine with this Python; no compiler is needed where it is installed
-# make dev    the environment alone      make lint / bench / clean
+# make bench  a selection of the benchmarks, five minutes, one table
+# make dev    the environment alone      make lint / clean
 #
 # All of it lives in .venv and build/: no root, and a second run installs and compiles nothing that has not changed.
-# Variables: TORCH (what pip installs as torch), ARGS (passed on to glmx demo), GLMX_PYTHON, CXX, MAX_JOBS,
+# Variables: TORCH (what pip installs as torch), ARGS (passed on to glmx demo, or to the benchmarks), GLMX_PYTHON, CXX, MAX_JOBS,
 # GLMX_STRICT=1 (a missing toolchain is a failure instead of a skip).
 TORCH ?= torch==2.13.0
 ARGS ?=
@@ -44,7 +45,7 @@ lint: .venv/.test
 	$(BIN)/python tests/run.py lint
 
 bench: .venv/.test .venv/.built
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench --quick --threads 1,$(shell nproc) $(ARGS)
 
 endif
 

@@ -172,3 +172,37 @@ def table(rows: list[Row]) -> str:
         )
     lines += [f"SLOWER THAN BEFORE  {row.name}: {'; '.join(row.flagged)}" for row in rows if row.flagged]
     return "\n".join(lines)
+
+
+ABOUT = """# Performance
+
+Written by `make bench ARGS="--write docs/performance.md"`, a selection of about five minutes; `pytest bench` runs
+everything.
+
+A row compares one call of glmx with its peers, round by round in turns; a ratio is the median over the rounds of a
+peer's time divided by glmx's: above 1, glmx is faster. "Share": of the ceiling that the row runs against, measured in
+the same test. `read` is memory read by as many threads; `tree_*` the order of additions that gives every x86 the same
+bits, run from registers and L1 (`bench/roofline.py`). Each file in `bench/` says what its rows and peers are. Times
+are of one machine in one minute: ratios and shares are what to compare.
+"""
+
+
+def document(rows: list[Row]) -> str:
+    """The rows as a Markdown document."""
+    lines = [ABOUT, f"Machine: {rows[0].machine}.", ""]
+    lines += ["| row | kernel | threads | rounds | ms | rate | share | against |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        ratios = [f"{peer} {ratio:.2f}x" for peer, ratio in row.ratio.items()]
+        ratios += [f"{peer} does not fit: {size} bytes" for peer, size in row.unfit.items()]
+        ratios += [row.note] * bool(row.note)
+        cells = [
+            row.name,
+            row.kernel,
+            row.threads,
+            row.rounds,
+            f"{1e3 * row.seconds:.3g}",
+            f"{row.rate:.1f} {row.unit}",
+        ]
+        cells += [f"{100 * row.share:.0f} % of {row.ceiling}", ", ".join(ratios)]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -3,22 +3,26 @@
 #include "cpu/lm_head_logprob.h"
 #include "glmx/ops.h"
 
+// Made of matrix products.
+#define GLMX_PRODUCT_KERNELS                                 \
+  void grouped_gemm(const GroupedGemmParams& p);             \
+  void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);  \
+  void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);  \
+  void head_gemm(const HeadGemmParams& p);                   \
+  void head_gemm_wgrad(const HeadGemmWgradParams& p);        \
+  void attention(const AttentionParams& p);                  \
+  void attention_backward(const AttentionBackwardParams& p); \
+  void indexer_topk(const IndexerTopkParams& p);             \
+  void sparse_mla(const SparseMlaParams& p);                 \
+  void sparse_mla_backward(const SparseMlaBackwardParams& p);
+
 #define GLMX_VECTOR_KERNELS                                        \
+  GLMX_PRODUCT_KERNELS                                             \
   void route_topk(const RouteTopkParams& p);                       \
   void route_topk_backward(const RouteTopkBackwardParams& p);      \
-  void grouped_gemm(const GroupedGemmParams& p);                   \
-  void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);        \
-  void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);        \
   void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p); \
-  void head_gemm(const HeadGemmParams& p);                         \
-  void head_gemm_wgrad(const HeadGemmWgradParams& p);              \
   void moe_combine(const MoeCombineParams& p);                     \
   void moe_combine_backward(const MoeCombineBackwardParams& p);    \
-  void attention(const AttentionParams& p);                        \
-  void attention_backward(const AttentionBackwardParams& p);       \
-  void indexer_topk(const IndexerTopkParams& p);                   \
-  void sparse_mla(const SparseMlaParams& p);                       \
-  void sparse_mla_backward(const SparseMlaBackwardParams& p);      \
   void indexer_kl(const IndexerKlParams& p);                       \
   void indexer_kl_backward(const IndexerKlBackwardParams& p);      \
   void sample(const SampleParams& p);                              \
@@ -52,28 +56,10 @@ namespace glmx::cpu::avx512 {
 GLMX_VECTOR_KERNELS
 }
 namespace glmx::cpu::avx512_bf16 {  // bf16 only
-void grouped_gemm(const GroupedGemmParams& p);
-void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);
-void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);
-void head_gemm(const HeadGemmParams& p);
-void head_gemm_wgrad(const HeadGemmWgradParams& p);
-void attention(const AttentionParams& p);
-void attention_backward(const AttentionBackwardParams& p);
-void indexer_topk(const IndexerTopkParams& p);
-void sparse_mla(const SparseMlaParams& p);
-void sparse_mla_backward(const SparseMlaBackwardParams& p);
+GLMX_PRODUCT_KERNELS
 void indexer_kl(const IndexerKlParams& p);
 void indexer_kl_backward(const IndexerKlBackwardParams& p);
 }  // namespace glmx::cpu::avx512_bf16
 namespace glmx::cpu::amx {  // bf16 only
-void grouped_gemm(const GroupedGemmParams& p);
-void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);
-void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);
-void head_gemm(const HeadGemmParams& p);
-void head_gemm_wgrad(const HeadGemmWgradParams& p);
-void attention(const AttentionParams& p);
-void attention_backward(const AttentionBackwardParams& p);
-void indexer_topk(const IndexerTopkParams& p);
-void sparse_mla(const SparseMlaParams& p);
-void sparse_mla_backward(const SparseMlaBackwardParams& p);
-}  // namespace glmx::cpu::amx
+GLMX_PRODUCT_KERNELS
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 
 import pytest
@@ -41,3 +42,28 @@ def test_noise_is_not_flagged(ratio):
 
 def test_rows_of_another_machine_or_kernel_are_not_compared():
     assert len({harness.key(row(1.0)), harness.key(row(1.0, machine="b")), harness.key(row(1.0, kernel="amx"))}) == 3
+
+
+def test_the_document_has_a_line_for_each_row():
+    text = harness.document([row(1.4), row(0.9, name="attention", unfit={"other": 5}, note="said")])
+    numbers = "avx2 | 2 | 3 | 100 | 50.0 GFLOP/s | 50 % of tree_avx2"
+    assert f"| gemm | {numbers} | peer 1.40x |" in text
+    assert f"| attention | {numbers} | peer 0.90x, other does not fit: 5 bytes, said |" in text
+
+
+def test_the_quick_selection_names_benchmarks_that_exist():
+    options = [
+        "bench",
+        "--quick",
+        "--threads",
+        "1,2",
+        "--collect-only",
+        "-o",
+        "addopts=",
+        "--import-mode=importlib",
+        "-q",
+    ]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bench_moe.py::test_forward[1-small-1-15]" in done.stdout
+    assert "wide" not in done.stdout

@@ -84,32 +84,39 @@ inline Place place(const Call<Op>& call, int64_t item) {
   return {op.experts(), 0, 0, 0, 0};
 }
 
-// Weights whose rows are steps of depth. Ops without weights are those whose vector side is the inputs.
+// Weights whose rows are steps of depth. An op without weights multiplies two inputs, and may add to sums.
 template <class Op>
-constexpr bool kPanelColumns = !Op::kPanelRows && requires(const Op& op) { op.weights(0, 0, 0); };
+constexpr bool kWeightColumns = !Op::kPanelRows && requires(const Op& op) { op.weights(0, 0, 0); };
 
-// Rows of weights, fetched while others are multiplied: some lines of them a call.
-struct FetchWeights {
-  const char* row;
-  int64_t stride, row_bytes, rows;  // rows that are left, that at `row` included
-  int each;                         // lines of a call
+// Rows of memory, fetched while tiles are multiplied: so many lines of so many rows a call.
+struct FetchAhead {
+  const char* row = nullptr;
+  int64_t stride = 0, row_bytes = 0, rows = 0;  // rows that are left, that at `row` included
+  int each_lines = 0, each_rows = 0;
   FetchLines<4, 2> lines{row};
+  FetchAhead() = default;
+  template <class T>
+  FetchAhead(const T* first, int64_t elements_apart, int64_t row_elements, int64_t count, int64_t calls)
+      : row(reinterpret_cast<const char*>(first)), stride(elements_apart * sizeof(T)), row_bytes(row_elements * sizeof(T)), rows(count) {
+    const int64_t row_lines = (row_bytes + 63) / 64, each = rows * row_lines / calls + 1;
+    each_lines = static_cast<int>(least(each, row_lines));
+    each_rows = static_cast<int>((each - 1) / row_lines) + 1;
+  }
   void operator()() {
-    for (int64_t n = each, some; n > 0 && rows > 0; n -= some) {
-      some = least(n, (row + row_bytes - lines.at + 63) / 64);
-      lines(static_cast<int>(some));
-      if (lines.at < row + row_bytes) continue;
+    for (int i = 0; i < each_rows && rows > 0; ++i) {
+      lines(each_lines);
+      if (lines.at < row + row_bytes) return;
       --rows;
       lines.at = row += stride;
     }
   }
 };
 
-// `next`: the weights that follow, where they are rows.
+// `next`: the weights that follow, if there are any.
 template <class Op, class T>
 void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const T* next) {
   using W = typename Op::W;
-  const int64_t panels = (cols + kCols - 1) / kCols, halves = op.halves(), ldc = halves * panels * kCols;
+  const int64_t halves = op.halves(), half_panels = (cols + kCols - 1) / kCols, panels = halves * half_panels, ldc = panels * kCols;
   const int64_t tiles = (rows + kRows - 1) / kRows, depth = op.depth(e);
   const int64_t fitting = kPackedRows * kPerWord<W> / (tiles * kRows);
   const int64_t chunk = least(Op::kPanelRows && fitting > kDepth<W> ? fitting / kDepth<W> * kDepth<W> : kDepth<W>, round_up(depth, 32));
@@ -119,27 +126,28 @@ void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0
   W* panel = reinterpret_cast<W*>(c + tiles * kRows * ldc);
   W* packed = panel + panel_words;
   std::memset(c, 0, static_cast<size_t>(rows * ldc) * 4);
-  const int64_t size = sizeof(T);
-  const int each = static_cast<int>(kCols * size / 2 / tiles) + 1;
-  FetchWeights fetch{nullptr, 0, 0, 0, each};
+  FetchAhead fetch;
+  if constexpr (requires { op.sums(e, row0, col0); }) {
+    const int64_t calls = panels * tiles * ((depth + 31) / 32);
+    if (op.sums(e, row0, col0) != nullptr && calls > 0) fetch = {op.sums(e, row0, col0), op.width(), cols, rows, calls};
+  }
   for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
     const int64_t steps = least(chunk, depth - k0), tile_words = kRows * round_up(steps, 32) / kPerWord<W>;
+    const int64_t then = k0 + steps, then_steps = least(chunk, then < depth ? depth - then : depth);  // the next chunk, or of `next`
+    const int64_t calls = tiles * ((steps + 31) / 32);                                                // of fetch, in a panel
     for (int64_t t = 0; t < tiles; ++t)
       op.pack_rows(e, row0 + t * kRows, least(kRows, rows - t * kRows), k0, steps, packed + t * tile_words);
-    if constexpr (kPanelColumns<Op>) {  // the next chunk
-      const int64_t k_next = k0 + steps;
-      const bool last = k_next >= depth;
-      const T* w = last ? next : op.weights(e, 0, col0) + k_next * op.stride();
-      fetch = {reinterpret_cast<const char*>(w), op.stride() * size, cols * size, least(chunk, last ? depth : depth - k_next), each};
+    if constexpr (kWeightColumns<Op>) {
+      fetch = {then < depth ? op.weights(e, 0, col0) + then * op.stride() : next, op.stride(), cols, then_steps, panels * calls};
     }
-    for (int64_t j = 0; j < halves * panels; ++j) {
-      const int64_t half = j / panels, col = j % panels * kCols;
-      if constexpr (Op::kPanelRows) {  // the next panel; after the last one the next chunk's first; then what comes after this block
-        const int64_t j_next = (j + 1) % (halves * panels), k_next = j_next != 0 ? k0 : k0 + steps;
-        const bool last = k_next >= depth;
-        const T* w = last ? next : op.weights(e, j_next / panels, col0 + j_next % panels * kCols) + k_next;
-        const int64_t row_bytes = least(chunk, last ? depth : depth - k_next) * size;
-        fetch = {reinterpret_cast<const char*>(w), op.stride() * size, row_bytes, kCols, each};
+    for (int64_t j = 0; j < panels; ++j) {
+      const int64_t half = j / half_panels, col = j % half_panels * kCols;
+      if constexpr (Op::kPanelRows) {
+        if (j + 1 < panels) {
+          fetch = {op.weights(e, (j + 1) / half_panels, col0 + (j + 1) % half_panels * kCols) + k0, op.stride(), steps, kCols, calls};
+        } else {
+          fetch = {then < depth ? op.weights(e, 0, col0) + then : next, op.stride(), then_steps, kCols, calls};
+        }
       }
       for (int64_t k = 0; k < steps; k += kDepth<W>) {
         const int64_t now = least(kDepth<W>, steps - k);
@@ -151,7 +159,7 @@ void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0
       }
     }
   }
-  for (int64_t i = 0; i < rows; ++i) op.store(e, row0 + i, col0, cols, c + i * ldc, c + i * ldc + panels * kCols);
+  for (int64_t i = 0; i < rows; ++i) op.store(e, row0 + i, col0, cols, c + i * ldc, c + i * ldc + half_panels * kCols);
 }
 
 template <class Op>
@@ -160,7 +168,7 @@ void run_item(void* context, int64_t item) {
   const Op& op = call.op;
   if (item == 0) return op.zero_tail();
   const Place now = place(call, item - 1);
-  if constexpr (Op::kPanelRows || kPanelColumns<Op>) {
+  if constexpr (Op::kPanelRows || kWeightColumns<Op>) {
     const Place then = place(call, item - 1 + call.threads);  // the item that this thread takes next, if all are as fast
     const Place& follows = then.e < op.experts() ? then : now;
     const auto* next = op.weights(follows.e, 0, follows.col);

@@ -100,6 +100,9 @@ struct Wgrad {
   void store(int64_t e, int64_t row, int64_t col, int64_t cols, float* c, float*) const {
     store_row(p.dw, p.out_dtype, p.K, e * p.N + row, col, cols, c, p.accumulate);
   }
+  const float* sums(int64_t e, int64_t row, int64_t col) const {  // nullptr: results are not added to any
+    return p.accumulate ? static_cast<const float*>(p.dw) + (e * p.N + row) * p.K + col : nullptr;
+  }
   void zero_tail() const {}
 };
 
