@@ -19,6 +19,7 @@ SHARED |= {
     "pieces.inl",
     "words.inl",
     "fetch_rows.inl",
+    "meanwhile.inl",
 }
 SHARED |= {"mass.inl", "philox.inl", "sample_row.inl"}
 FIELDS = ("Contract", "Shapes", "Layout", "Numerics", "Algorithm", "Work/bytes", "Measured", "Limits")

@@ -63,7 +63,7 @@ struct TileProducts {
   template <class Meanwhile>
   void multiply(int64_t i, float* out, Meanwhile& meanwhile) const {
     for (int64_t h = 0; h < heads; h += 32) {
-      meanwhile();
+      meanwhile().done();
       const Left left{nullptr, 0, 0, queries + i * token_halves() + h / 32 * steps * 2 * kTile};
       tile_product_of(heads - h, kKeys, left, keys, keys + steps * kTile, steps, true, out + h * kKeys, kKeys);
     }

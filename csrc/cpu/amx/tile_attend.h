@@ -40,7 +40,7 @@ struct TileUnit {
         }
         for (int64_t i = from; i < rows; i += 32) {
           const uint16_t* pair = tiles + i / 16 * steps * kTile;
-          meanwhile();
+          meanwhile().done();
           tile_product_of(n - j, rows - i, left, pair, pair + steps * kTile, steps, true, scores, 32);
           for (int64_t r = 0; r < least(32, rows - i); r += 16) {
             for (int64_t key = 0; key < least(32, n - j); key += 16) {
@@ -87,7 +87,7 @@ struct TileUnit {
         }
         for (int64_t i = whole; i < rows; i += 32) {
           const Left left{nullptr, 0, 0, weights + (i - whole) / 32 * 2 * steps * kTile};
-          meanwhile();
+          meanwhile().done();
           tile_product_of(rows - i, D - j, left, right, right + steps * kTile, steps, false, acc + i * ld + j, ld);
         }
       }

@@ -2,11 +2,12 @@
 // Contract   include/glmx/ops.h AttentionParams   Oracle reference/attention.py   Doc docs/ops/attention.md
 // Shapes     q [T,A,Dk] | k [rows,G,Dk] | v [rows,G,Dv], or the first Dv of k | out [T,A,Dv] | lse [T,A] f32
 // Layout     the A/G heads of a kv head's tokens are packed as the rows of tiles (words); keys are packed, block by block, into panels
-//            that stay in L1 (16 per panel and vector); values are widened on their way into panels. One tile of rows packs no keys
+//            that stay in L1 (16 per panel and vector); values are widened on their way into panels, which in fp32 the first tile of
+//            rows leaves behind for the others. One tile of rows packs no keys
 // Numerics   ops.h, "Attention". A row multiplies no key that it does not see, so a NaN in a later token stays there; X2 and X3 hold
 //            because a row's operations follow from its own sequence and position alone
 // Algorithm  work item = (sequence, kv head, block of query rows), or several kv heads of few rows: a block of 64 keys meets all of them,
-//            while the next block is fetched into L2; scores, sums and accumulators stay there. Backward: delta of every row; dq by the
+//            while the next one is fetched line by line; scores, sums and accumulators stay in L2. Backward: delta of every row; dq by the
 //            same items; dk and dv by items of (sequence, kv head, block of keys), which walk the query rows in order
 // Work/bytes forward 2*A*(Dk + Dv) flop per visible key, G*(Dk + Dv) elements; backward twice the products of scores, 5 more
 // Measured   see docs/ops/attention.md
@@ -16,7 +17,9 @@
 
 // Rows of an item: queries and accumulators of 80K floats (320 KB) leave room in an L2 of 512 KB; beyond 192 rows packing keys is free.
 constexpr int64_t kItemFloats = 80 * 1024, kItemRows = 192;
-constexpr int64_t kItemKeyBytes = 512 * 1024;  // of a block of keys of an item's kv heads: more would not wait in L2 for its turn
+// Of a block of keys of an item's kv heads. Items of fewer heads come to each page more often: those of two take 1.3 times as long at
+// 32,768 keys (fp32, 8 heads of 128 values, one thread).
+constexpr int64_t kItemKeyBytes = 512 * 1024;
 
 template <class T>
 struct CachedKeys {
@@ -32,6 +35,12 @@ struct CachedKeys {
   }
   CachedKeys group(int64_t g) const { return {s, sequence, k + g * Dk, v + g * Dv, k_stride, v_stride, Dk, Dv}; }
   KeyBlock<T> block(int64_t first, int64_t, T*) const { return {row(first, false), row(first, true), k_stride, v_stride}; }
+  // Keys [first, first + n) of `all`, or their values: row_bytes of each, from this kv head on.
+  FetchBlock fetch(bool v, int64_t first, int64_t n, int64_t all, int64_t row_bytes, int64_t calls) const {
+    if (n == 0) return {nullptr, 0, 0, row_bytes, 0, calls};
+    const int64_t size = sizeof(T), later = first + kBlockKeys < all ? (row(first + kBlockKeys, v) - row(first, v)) * size : 0;
+    return {row(first, v), (v ? v_stride : k_stride) * size, n, row_bytes, later, calls};
+  }
 };
 
 // Params is AttentionParams or AttentionBackwardParams.

@@ -102,13 +102,14 @@ struct FetchAhead {
     each_lines = static_cast<int>(least(each, row_lines));
     each_rows = static_cast<int>((each - 1) / row_lines) + 1;
   }
-  void operator()() {
+  Nothing operator()() {
     for (int i = 0; i < each_rows && rows > 0; ++i) {
       lines(each_lines);
-      if (lines.at < row + row_bytes) return;
+      if (lines.at < row + row_bytes) return {};
       --rows;
       lines.at = row += stride;
     }
+    return {};
   }
 };
 

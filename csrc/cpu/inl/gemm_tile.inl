@@ -3,6 +3,7 @@
 // (even and odd chain) + kVecs + 1 must fit the vector registers. Packed operands are made of words: fp32, an element each, unless the
 // ISA multiplies others (WordOf). The words of 32 elements of depth belong to the even and the odd chain in turns.
 #pragma once
+#include "cpu/inl/meanwhile.inl"
 #include "cpu/inl/sizes.inl"
 #include "cpu/inl/words.inl"
 
@@ -20,12 +21,24 @@ struct PackedColumns {  // [words][kRows], from pack_tile_columns
   static constexpr int row = 1, depth = kRows, block = kBlockWords<W> * kRows;
 };
 
-// One word of depth: chain[i][j] += row i's word * the panel's vector j.
-template <int rows, class Layout, class W>
-[[gnu::always_inline]] inline void tile_step(const W* a, const W* b, V16 (&chain)[rows][kVecs]) {
-  decltype(load(b)) panel[kVecs];
+// The columns of a panel [words][kCols]. Others may take their place: word(k, out) gives word k of each, down(n) goes n words down.
+template <class W>
+struct Panel {
+  const W* at;
+  template <class Vec>
+  [[gnu::always_inline]] void word(int k, Vec (&out)[kVecs]) const {
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) panel[j] = load(b + 16 * j);
+    for (int j = 0; j < kVecs; ++j) out[j] = load(at + k * kCols + 16 * j);
+  }
+  void down(int n) { at += n * kCols; }
+};
+
+// One word of depth: chain[i][j] += row i's word * the panel's vector j.
+template <int rows, class Layout, class W, class Columns>
+[[gnu::always_inline]] inline void tile_step(const W* a, const Columns& columns, int k, V16 (&chain)[rows][kVecs]) {
+  a += k * Layout::depth;
+  decltype(set1(*a)) panel[kVecs];
+  columns.word(k, panel);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     const auto row = set1(a[i * Layout::row]);
@@ -34,17 +47,12 @@ template <int rows, class Layout, class W>
   }
 }
 
-// What else there is to do while a tile is multiplied: called before every 32 steps of depth.
-struct Nothing {
-  void operator()() const {}
-};
-
-// c[rows][kCols] += a tile @ a panel [words][kCols]. A last block of fewer than 32 elements ends early: the words of zeros that it lacks
+// c[rows][kCols] += a tile @ a panel's columns. A last block of fewer than 32 elements ends early: the words of zeros that it lacks
 // would do no more than turn a chain of -0 into +0, which adding +0 does too.
-template <int rows, class Layout, class W, class Meanwhile>
-inline void tile_times_panel(const W* a, const W* b, float* c, int64_t ldc, int64_t depth, Meanwhile& meanwhile) {
-  for (; depth > 0; depth -= 32, a += Layout::block, b += kBlockWords<W> * kCols) {
-    meanwhile();
+template <int rows, class Layout, class W, class Columns, class Meanwhile>
+inline void tile_times_columns(const W* a, Columns columns, float* c, int64_t ldc, int64_t depth, Meanwhile& meanwhile) {
+  for (; depth > 0; depth -= 32, a += Layout::block, columns.down(kBlockWords<W>)) {
+    auto other = meanwhile();
     const int words = depth < 32 ? static_cast<int>(words_of<W>(depth)) : kBlockWords<W>;
     V16 even[rows][kVecs], odd[rows][kVecs];
 #pragma GCC unroll 8
@@ -54,10 +62,13 @@ inline void tile_times_panel(const W* a, const W* b, float* c, int64_t ldc, int6
     }
     int k = 0;
     for (; k + 1 < words; k += 2) {
-      tile_step<rows, Layout>(a + k * Layout::depth, b + k * kCols, even);
-      tile_step<rows, Layout>(a + (k + 1) * Layout::depth, b + (k + 1) * kCols, odd);
+      other.step();
+      tile_step<rows, Layout>(a, columns, k, even);
+      other.step();
+      tile_step<rows, Layout>(a, columns, k + 1, odd);
     }
-    if (k < words) tile_step<rows, Layout>(a + k * Layout::depth, b + k * kCols, even);
+    if (k < words) tile_step<rows, Layout>(a, columns, k, even);
+    other.done();
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
@@ -79,7 +90,7 @@ inline void tile_times_panel_n(int64_t n, const W* a, const W* b, float* c, int6
   if constexpr (rows > 1) {
     if (n < rows) return tile_times_panel_n<Layout, rows - 1>(n, a, b, c, ldc, depth, meanwhile);
   }
-  tile_times_panel<rows, Layout>(a, b, c, ldc, depth, meanwhile);
+  tile_times_columns<rows, Layout>(a, Panel<W>{b}, c, ldc, depth, meanwhile);
 }
 
 // Rows of T that are contiguous in depth -> one tile [depth / 32][kRows][kBlockWords]. `row(i)` is where row i's depth begins.
