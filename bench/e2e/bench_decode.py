@@ -8,14 +8,15 @@ marked "synthetic" decide by a coin which drafts are right: the draft forwards r
 replaced, by the plain continuation with the given chance, else by another one.
 
 Numbers of drafts take turns, round by round, on the same prompts; the prompts' own forwards are not timed. What a step
-must read is counted in a pass before: every weight of the layers that ran, of the experts those to which its rows were
-routed, embeddings and lm_head, the keys and values attended to; the MTP layer's for each draft step. Those bytes at the
-machine's read bandwidth are the bound. "auto, new" begins without any experience in each round. With one thread time
-is the processor's, which does not count waiting for a core.
+must read is counted in a pass of its own: every weight of the layers that ran, of the experts those to which its rows
+were routed, embeddings and lm_head, the keys and values attended to; the MTP layer's for each draft step. Those bytes
+at the machine's read bandwidth are the bound. "auto, new" begins without any experience in each round; its count, in
+slow steps, may have made other drafts. With one thread time is the processor's, which counts no waiting for a core.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import subprocess
@@ -104,6 +105,11 @@ class Bytes:
         self.total += module.weight.nbytes
 
 
+@functools.cache  # so that no timed step throws one
+def coin(place: int, token: int) -> float:
+    return random.Random(f"{place} {token}").random()
+
+
 class Variant:
     """An engine with a number of drafts; with a `chance`, drafts are right by a coin."""
 
@@ -119,6 +125,7 @@ class Variant:
         kind = "auto" if self.drafts == "auto, new" else self.drafts
         self.engine.speculation = speculation(kind, True)
 
+    @torch.no_grad()
     def run(self, prompts: list[list[int]]) -> tuple[float, list[list[int]], int]:
         """Seconds of the steps behind the prompts, the answers, and how many steps."""
         if self.drafts == "auto, new":
@@ -139,13 +146,13 @@ class Variant:
             assert request.error is None, request.error
         return seconds, [request.token_ids for request in requests], steps
 
-    def _replaced(self, requests: list[Request], counts: list[int], draw: Any) -> list[list[int]]:
-        drafts = self._made(requests, counts, draw)
+    def _replaced(self, requests: list[Request], counts: list[int]) -> list[list[int]]:
+        drafts = self._made(requests, counts)
         for request, guesses in zip(requests, drafts, strict=True):
             answer, done = self.plain[tuple(request.prompt_token_ids)], len(request.token_ids)
             for j, guess in enumerate(guesses):
                 right = answer[done + j]
-                if random.Random(f"{request.num_tokens + j} {right}").random() < self.chance:
+                if coin(request.num_tokens + j, right) < self.chance:
                     guesses[j] = right
                 elif guess == right:
                     guesses[j] = (guess + 1) % self.model.config.vocab_size
@@ -159,18 +166,9 @@ def measure(
 
     B = len(prompts[0])
     variants = {drafts: Variant(model, B, drafts, answer, chance) for drafts in NUMBERS}
-    bytes_, steps, right = dict.fromkeys(NUMBERS, 0.0), dict.fromkeys(NUMBERS, 0), {}
     plain: dict[tuple[int, ...], list[int]] = {}
-    for group in prompts:
-        for drafts, variant in variants.items():
-            variant.plain = plain
-            with Bytes(model) as counted:
-                # What the prompts read is taken off again.
-                answers_of = counted_run(variant, group, counted)
-            bytes_[drafts] += counted.total
-            steps[drafts] += answers_of[1]
-            for ids, found in zip(group, answers_of[0], strict=True):
-                assert plain.setdefault(tuple(ids), found) == found, f"{drafts} drafts changed the text"
+    counts = {drafts: count(variant, prompts, plain) for drafts, variant in variants.items()}
+    right = {}
     if benchmark.disabled:
         return
     for drafts, variant in variants.items():
@@ -193,13 +191,17 @@ def measure(
 
     benchmark.pedantic(turn, rounds=len(prompts))
     read = max(before, roofline.ceilings(threads)["read"])
+    # Counted once more by what has been learned, so with the drafts of the rounds. Counted steps are slow: no times.
+    variants["auto"].engine.speculation.observe_times = lambda *_, **__: None
+    counts["auto"] = count(variants["auto"], prompts, plain)
     kernel = runtime.kernel_of("grouped_gemm", "bf16" if model.dtype == torch.bfloat16 else "fp32")
     assert kernel is not None
     tokens = B * (answer - 1)
     for drafts in NUMBERS:
-        seconds, bound = statistics.median(times[drafts]), bytes_[drafts] / len(prompts) / read / 1e9
+        bytes_, steps = counts[drafts]
+        seconds, bound = statistics.median(times[drafts]), bytes_ / len(prompts) / read / 1e9
         others = {} if drafts == 0 else harness.median_ratios(times[drafts], {"no drafts": times[0]})
-        per_step = len(prompts) * tokens / B / steps[drafts]
+        per_step = len(prompts) * tokens / B / steps
         note = f"{per_step:.2f} tokens a step, bound {tokens / bound:.0f} tok/s"
         if drafts in right:
             note += f", {right[drafts]:.0%} of drafts right"
@@ -219,6 +221,19 @@ def measure(
                 note=note,
             )
         )
+
+
+def count(variant: Variant, prompts: Prompts, plain: dict[tuple[int, ...], list[int]]) -> tuple[float, int]:
+    """Bytes and steps of the answers, which are `plain`, by prompt; what is not yet there is added."""
+    total, steps = 0.0, 0
+    variant.plain = plain
+    for group in prompts:
+        with Bytes(variant.model) as counted:
+            answers, n = counted_run(variant, group, counted)
+        total, steps = total + counted.total, steps + n
+        for ids, found in zip(group, answers, strict=True):
+            assert plain.setdefault(tuple(ids), found) == found, f"{variant.drafts} drafts changed the text"
+    return total, steps
 
 
 def counted_run(variant: Variant, group: list[list[int]], counted: Bytes) -> tuple[list[list[int]], int]:

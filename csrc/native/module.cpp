@@ -93,6 +93,19 @@ void scale(uintptr_t out, uintptr_t x, int64_t n, float factor) {
   glmx::run(glmx::scale_elements, {address<float>(x), address<float>(out), n, factor});
 }
 
+// Of hundreds of modules, before every step: whether tables[i][names[i]] is objects[i] for each i, and whether dicts are all empty.
+bool same_objects(const py::list& tables, const py::list& names, const py::list& objects) {
+  for (size_t i = 0; i < objects.size(); ++i) {
+    PyObject* const table = PyList_GET_ITEM(tables.ptr(), i);
+    if (PyDict_GetItem(table, PyList_GET_ITEM(names.ptr(), i)) != PyList_GET_ITEM(objects.ptr(), i)) return false;
+  }
+  return true;
+}
+
+bool all_empty(const py::list& dicts) {
+  return std::all_of(dicts.begin(), dicts.end(), [](py::handle dict) { return PyDict_Size(dict.ptr()) == 0; });
+}
+
 // What python/glmx/models/recorder.py records with. Pointers are addresses of dense memory, or of memory with the given strides.
 void define_recording(py::module_& m) {
   py::class_<glmx::Recording>(m, "Recording", "The op calls of one forward; `replay` makes them again.")
@@ -101,6 +114,8 @@ void define_recording(py::module_& m) {
       .def_static("end", &glmx::Recording::end)
       .def("__len__", &glmx::Recording::size)
       .def("replay", &glmx::Recording::replay, py::call_guard<py::gil_scoped_release>());
+  m.def("same_objects", same_objects);
+  m.def("all_empty", all_empty);
   m.def("copy", copy);
   m.def("gather", gather);
   m.def("add", add);

@@ -1,6 +1,9 @@
 // The library's fragment root: op namespaces, the thread pool that the core borrows from torch, scratch buffers.
 #include <torch/csrc/stable/ops.h>
 
+#include <utility>
+#include <vector>
+
 #include "core/parallel.h"
 #include "torch/bind.h"
 
@@ -36,6 +39,20 @@ void torch_run(int64_t workers, void (*run)(void*, int64_t), void* context) {
   GLMX_CHECK(torch_parallel_for(0, workers, 1, run_range, &task) == 0, "torch_parallel_for failed");
 }
 
+// The recording in progress holds for as long as none of these tensors has moved.
+void watch(std::vector<Tensor> tensors) {
+  Recording* const recording = Recording::active();
+  GLMX_CHECK(recording != nullptr, "watch: expected a recording in progress: got none");
+  std::vector<std::pair<Tensor, void*>> watched;
+  for (const Tensor& tensor : tensors) watched.emplace_back(tensor, tensor.data_ptr());
+  recording->ask_first([watched] {
+    for (const auto& [tensor, address] : watched) {
+      if (tensor.data_ptr() != address) return false;
+    }
+    return true;
+  });
+}
+
 const bool installed = [] {
   install_thread_pool({torch_threads, torch_run});
   return true;
@@ -44,4 +61,5 @@ const bool installed = [] {
 }  // namespace
 }  // namespace glmx::bind
 
-STABLE_TORCH_LIBRARY(glmx, m) { (void)m; }
+STABLE_TORCH_LIBRARY(glmx, m) { m.def("watch(Tensor[] tensors) -> ()"); }
+STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) { m.impl("watch", TORCH_BOX(&glmx::bind::watch)); }

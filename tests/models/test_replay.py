@@ -15,7 +15,7 @@ from glmx.layers.moe import MoE
 from glmx.models import replay as replay_module
 from glmx.models.batch import Batch
 from glmx.models.recorder import Pool, RefusedError, is_free, record
-from glmx.models.replay import Replay
+from glmx.models.replay import Replay, Rules
 from tiny_glm import CASES, FAMILIES, random_ids, random_model, tiny_config
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -41,21 +41,35 @@ class Pair:
         assert results[0] == results[1]
         return results[0]
 
-    def forward(self, new):
+    def forward(self, new, rules=None):
         """One step of each slot in `new` -> the hidden states of all rows."""
         slots = sorted(new)
         ids = [new[s] for s in slots]
-        hidden, logits = self.replay.forward(slots, ids)
+        hidden, logits, drawn = self.replay.forward(slots, ids, rules)
         batch = self.batch(slots, ids, self.twin.lengths)
         positions = self.positions(slots, ids, self.twin.lengths)
         expected = self.model.forward_tokens(torch.tensor(sum(ids, [])), positions, batch, self.twin)
         assert torch.equal(hidden, expected) and torch.equal(logits, self.model.logits(expected))
+        self.check_drawn(drawn, logits, rules, ids)
         assert self.state.lengths == self.twin.lengths
         return expected
 
-    def draft(self, slots, rows, ids, lists=None):
+    @staticmethod
+    def check_drawn(drawn, logits, rules, drafted=None):
+        if rules is None:
+            assert drawn is None
+            return
+        longs, floats = torch.tensor(rules.longs).view(3, -1), torch.tensor(rules.floats).view(3, -1)
+        columns = dict(zip(replay_module.RULES, [*longs, *floats], strict=True))
+        expected = ops.sample(logits, **columns)
+        for ids, tokens in zip(drafted, expected.split([len(ids) for ids in drafted]), strict=True) if drafted else ():
+            wrong = [j for j, token in enumerate(tokens[:-1].tolist()) if ids[j + 1] != token]
+            tokens[wrong[0] + 1 if wrong else len(ids) :] = -1
+        assert torch.equal(drawn, expected)
+
+    def draft(self, slots, rows, ids, lists=None, rules=None):
         """One MTP step -> the hidden states and lists of each slot's last row."""
-        out = self.replay.draft(slots, rows, ids, lists)
+        out = self.replay.draft(slots, rows, ids, lists, rules)
         batch = self.batch(slots, ids, self.twin.mtp_lengths)
         positions = self.positions(slots, ids, self.twin.mtp_lengths)
         given = None if lists is None else Selection(lists)
@@ -63,6 +77,7 @@ class Pair:
         last = torch.tensor(batch.cu_seqlens_q[1:]) - 1
         assert torch.equal(out.hidden, expected.hidden[last])
         assert torch.equal(out.logits, self.model.logits(expected.hidden[last]))
+        self.check_drawn(out.ids, out.logits, rules)
         assert self.state.mtp_lengths == self.twin.mtp_lengths
         return out.hidden.clone(), None if out.topk_indices is None else out.topk_indices.clone()
 
@@ -74,6 +89,13 @@ class Pair:
     @staticmethod
     def positions(slots, ids, lengths):
         return torch.cat([torch.arange(lengths[s], lengths[s] + len(i)) for s, i in zip(slots, ids, strict=True)])
+
+
+def drawn_rules(draw, rows):
+    """Rules of `rows` rows, of each kind."""
+    longs = [[draw.randrange(-(2**63), 2**63)] * rows, range(rows), [draw.choice([0, 1, 5])] * rows]
+    temperature, top_p = draw.choice([(0.0, 1.0), (1.0, 1.0), (0.7, 0.9)])
+    return Rules([i for column in longs for i in column], [temperature] * rows + [top_p] * rows + [0.01] * rows)
 
 
 def tokens(draw, model, n):
@@ -94,7 +116,8 @@ def test_the_bits_are_those_of_plain_forwards(case, dtype):
             if is_free(block):
                 block.fill_(255)  # NaN of any dtype, ids outside of every table
         chosen = sorted(draw.sample(sorted(live), draw.randint(1, len(live))))
-        pair.forward({s: tokens(draw, model, draw.choice([1, 1, 1, 2, 3, 4])) for s in chosen})
+        new = {s: tokens(draw, model, draw.choice([1, 1, 1, 2, 3, 4])) for s in chosen}
+        pair.forward(new, drawn_rules(draw, sum(map(len, new.values()))) if step % 3 else None)
         for s in chosen:
             if draw.random() < 0.5:
                 cut = max(pair.state.lengths[s] - draw.randint(0, 3), 1)
@@ -126,7 +149,8 @@ def test_drafts_are_those_of_plain_mtp_steps(case, dtype):
             lists = None
         before = list(pair.state.mtp_lengths)
         for _ in range(2):
-            hidden, _ = pair.draft(slots, hidden, [[draw.randrange(model.config.vocab_size)] for _ in slots], lists)
+            ids = [[draw.randrange(model.config.vocab_size)] for _ in slots]
+            hidden, _ = pair.draft(slots, hidden, ids, lists, drawn_rules(draw, len(slots)))
         for s in slots:
             pair.both(lambda state, s=s, length=before[s]: state.truncate_mtp(s, length))
     assert pair.replay.replays > 80
@@ -207,6 +231,20 @@ def test_what_cannot_be_recorded_is_refused_and_computed(function, words):
     with pytest.raises(RefusedError, match=words) as refused:
         record(lambda: function(x, rows), Pool())
     assert torch.equal(refused.value.result, function(x, rows))
+
+
+def test_a_recording_sees_whether_what_it_watches_has_moved():
+    x, weight, other = torch.ones(3, 8), torch.ones(8), torch.ones(2)
+    recorded = record(lambda: ops.rms_norm(x, weight, 1e-5), Pool(), [weight, other])
+    x.copy_(torch.arange(24.0).view(3, 8))
+    weight.mul_(2)
+    assert recorded.replay() and torch.equal(recorded.result, ops.rms_norm(x, weight, 1e-5))
+    other.data = other.data.clone()
+    before = recorded.result.clone()
+    x.zero_()
+    assert not recorded.replay() and torch.equal(recorded.result, before)
+    with pytest.raises(RuntimeError, match="watch: expected a recording in progress: got none"):
+        torch.ops.glmx.watch([weight])
 
 
 def test_another_threads_ops_are_not_recorded():

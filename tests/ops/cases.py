@@ -1228,6 +1228,26 @@ def verify_operands(
     return {"draft_ids": drafts, "logits": logits, "mode": mode, **rules}
 
 
+def chain_operands(B: int, K: int, V: int, mode: str, **options: Any) -> dict[str, Any]:
+    """verify_operands cut to chains of 1 to K+1 rows, one behind the other."""
+    kwargs = verify_operands(B, K, V, mode, **options)
+    rows_B = ids(B, high=K + 1, seed=5) + 1
+    mask = torch.arange(K + 1) < rows_B[:, None]
+    for name in ("seeds", "positions"):
+        kwargs[name] = kwargs[name].repeat_interleave(rows_B)
+    kwargs["positions"] += torch.arange(K + 1).expand(B, -1)[mask]
+    last = torch.full((B, 1), -1)
+    kwargs["draft_ids"] = torch.cat([kwargs["draft_ids"], last], 1)
+    if "draft_probs" in kwargs:
+        kwargs["draft_probs"] = torch.cat([kwargs["draft_probs"], torch.zeros(B, 1, V)], 1)
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.shape[:2] == (B, K + 1):
+            kwargs[name] = value[mask]
+    offsets = torch.zeros(B + 1, dtype=torch.int32)
+    offsets[1:] = rows_B.cumsum(0)
+    return {**kwargs, "row_offsets": offsets}
+
+
 def mtp_verify_cases() -> Iterator[Case]:
     for mode, probs in (("greedy", False), ("sample", False), ("rejection", False), ("rejection", True)):
         name = mode + ("-probs" if probs else "")
@@ -1237,6 +1257,15 @@ def mtp_verify_cases() -> Iterator[Case]:
                     "mtp_verify",
                     f"{name}-{B}x{K}x{V}{'-ruled' if ruled else ''}",
                     lambda B=B, K=K, V=V, mode=mode, ruled=ruled, probs=probs: verify_operands(
+                        B, K, V, mode, ruled=ruled, probs=probs
+                    ),
+                )
+        for B, K, V in [(9, 3, 7), (12, 4, 60), (0, 2, 5), (4, 0, 9)]:
+            for ruled in (False, True):
+                yield Case(
+                    "mtp_verify",
+                    f"{name}-chains-{B}x{K}x{V}{'-ruled' if ruled else ''}",
+                    lambda B=B, K=K, V=V, mode=mode, ruled=ruled, probs=probs: chain_operands(
                         B, K, V, mode, ruled=ruled, probs=probs
                     ),
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from glmx import ops, reference
 from glmx.reference.sample import DRAW_ACCEPT, DRAW_DRAFT, DRAW_RESIDUAL, coin, kept_tokens, ruled
-from tests.ops.cases import INF, NAN, Case, cases, ids, values, verify_operands
+from tests.ops.cases import INF, NAN, Case, cases, chain_operands, ids, values, verify_operands
 
 F64 = torch.float64
 LAST_COIN = 2**24 - 1
@@ -59,6 +60,55 @@ def test_some_drafts_are_accepted_and_some_are_not() -> None:
     for mode in ("greedy", "sample", "rejection"):
         accepted = ops.mtp_verify(**verify_operands(200, 4, 60, mode)).accepted
         assert set(accepted.tolist()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sample", "rejection"])
+def test_a_chain_does_not_depend_on_those_beside_it(mode: str) -> None:
+    """Chains of 1 to 5 rows, one behind the other: each gives what it gives alone, as one of its length."""
+    kwargs = chain_operands(40, 4, 60, mode, probs=mode == "rejection")
+    out, bounds = ops.mtp_verify(**kwargs), kwargs.pop("row_offsets").tolist()
+    assert len(set(out.accepted.tolist())) >= 4
+    for b, (begin, end) in enumerate(pairwise(bounds)):
+        one = {name: value[begin:end] if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+        one["draft_ids"] = one["draft_ids"][:-1]
+        if "draft_probs" in one:
+            one["draft_probs"] = one["draft_probs"][None, :-1]
+        one |= {"seeds": one["seeds"][:1], "positions": one["positions"][:1]}
+        one |= {name: one[name][None] for name in ("draft_ids", "logits", "temperature", "top_k", "top_p", "min_p")}
+        alone = ops.mtp_verify(**one)
+        assert torch.equal(out.tokens[begin:end], alone.tokens[0]) and out.accepted[b] == alone.accepted[0]
+        mine = out.packed_ids[out.packed_offsets[b] : out.packed_offsets[b + 1]]
+        assert torch.equal(mine, alone.tokens[0][: len(mine)]) and len(mine) == alone.accepted[0] + 1
+    assert bool((out.packed_ids[int(out.packed_offsets[-1]) :] == -1).all())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        (torch.tensor([0, 2, 3]), "row_offsets: expected dtype torch.int32"),
+        (torch.tensor([[0, 3]], dtype=torch.int32), "row_offsets: expected 1 dimensions"),
+        (torch.tensor([], dtype=torch.int32), "row_offsets: expected at least one offset: got none"),
+        (torch.tensor([0, 2], dtype=torch.int32), "row_offsets: expected offsets from 0 to 3: got 0 to 2"),
+        (torch.tensor([1, 3], dtype=torch.int32), "row_offsets: expected offsets from 0 to 3: got 1 to 3"),
+        (
+            torch.tensor([0, 2, 2, 3], dtype=torch.int32),
+            "row_offsets: expected a row of each sequence: got 2 and 2 at 1",
+        ),
+        (torch.tensor([0, 9, 3], dtype=torch.int32), "row_offsets: expected a row of each sequence: got 9 and 3 at 1"),
+    ],
+)
+def test_bad_offsets(offsets: torch.Tensor, words: str) -> None:
+    given = {"seeds": 0, "positions": torch.arange(3), "row_offsets": offsets}
+    with pytest.raises(ValueError, match=words):
+        ops.mtp_verify(torch.tensor([1, 1, -1]), torch.zeros(3, 5), **given)
+
+
+def test_chains_have_as_many_drafts_as_rows() -> None:
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"logits: expected shape \[2\] \+ \[V\] for draft_ids \[2\]: got \[3, 5\]"):
+        ops.mtp_verify(torch.tensor([1, 1]), torch.zeros(3, 5), seeds=0, positions=0, row_offsets=offsets)
+    with pytest.raises(ValueError, match=r"draft_ids: expected ids in \[0, 5\) or -1: got 5 at \[1, 0\]"):
+        ops.mtp_verify(torch.tensor([1, 5, -1]), torch.zeros(3, 5), seeds=0, positions=0, row_offsets=offsets)
 
 
 def test_packing() -> None:

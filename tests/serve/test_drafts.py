@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import glmx
+from glmx import ops
 from glmx.cli import main as cli
 from glmx.data import tokenizer as tokenizers
 from glmx.errors import UnsupportedError
@@ -140,7 +141,7 @@ def test_what_is_not_kept_up_begins_anew(open_llm, plain, monkeypatch):
         monkeypatch.setattr(llm.model, "mtp_trunk", recorded)
         begun, draft = [], llm.engine._drafter.draft
 
-        def looked_at(requests, counts, draw, llm=llm, begun=begun, draft=draft):
+        def looked_at(requests, counts, llm=llm, begun=begun, draft=draft):
             # Who begins anew begins with the hidden state of the last token in the cache.
             for request, count in zip(requests, counts, strict=True):
                 if count and len(request.held_rows()) == 1:
@@ -148,7 +149,7 @@ def test_what_is_not_kept_up_begins_anew(open_llm, plain, monkeypatch):
                     whole = Batch.from_lengths([len(ids)])
                     begun.append(llm.model.forward_tokens(ids, torch.arange(len(ids)), whole)[-1:])
                     assert torch.equal(request.held_rows(), begun[-1])
-            return draft(requests, counts, draw)
+            return draft(requests, counts)
 
         monkeypatch.setattr(llm.engine._drafter, "draft", looked_at)
         asked, each = prompts(llm, [30, 5, 60]), [params(max_tokens=40, temperature=0.3, seed=s) for s in range(3)]
@@ -213,7 +214,7 @@ def drafts_of_the_whole(model, ids, count, request):
             if lists is None and model.config.index_share_for_mtp_iteration:
                 lists = out.selection.topk_indices
             one = request.params
-            found += engine_module.sample(
+            found += ops.sample(
                 model.logits(out.hidden[-1:]),
                 seeds=request.seed,
                 positions=n + len(found),
@@ -246,8 +247,8 @@ def test_drafts_are_those_of_a_forward_over_everything(open_llm, case, held, mon
         monkeypatch.setattr(llm.model, name, recorded)
     draft = drafts_module.Drafter.draft
 
-    def kept(drafter, requests, counts, draw):
-        drafts = draft(drafter, requests, counts, draw)
+    def kept(drafter, requests, counts):
+        drafts = draft(drafter, requests, counts)
         made.extend((r, [*r.prompt_token_ids, *r.token_ids], d) for r, d in zip(requests, drafts, strict=True))
         return drafts
 
@@ -367,8 +368,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(open_llm, plain, where, m
     requests = [llm.make_request(prompt, each) for prompt in asked]
     for request in requests:
         llm.engine.add(request)
-    owners = {"sample": engine_module, "mtp_verify": engine_module, "lm_head_logprob": engine_module.ops}
-    owner = owners.get(where, llm.model)
+    owner = ops if where in ("sample", "mtp_verify", "lm_head_logprob") else llm.model
     function, failures = getattr(owner, where), [0] * 6
     llm.engine._admit()
     for step in range(6):
@@ -393,8 +393,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(open_llm, plain, where, m
     expected = {
         "mtp_trunk": [1, *[3] * 5],
         "logits": [1, *[4] * 5],
-        "sample": [1, *[3] * 5],
-        "mtp_verify": [0, *[1] * 5],
+        "sample": [0, *[3] * 5],
     }
     assert failures == expected.get(where, [1] * 6)
     while llm.engine.has_work:
@@ -407,12 +406,12 @@ def test_a_batch_that_fails_is_done_one_by_one(open_llm, plain, where, monkeypat
     """Whatever several sequences do together fails: each alone gives what it would have given."""
     llm = open_llm(speculation=Speculation(3))
     llm.engine.replay.enabled = False
-    owner = engine_module if where == "sample" else llm.model
+    owner = ops if where == "sample" else llm.model
     function, failed = getattr(owner, where), []
 
     def alone_only(*args, **kwargs):
-        several = len(kwargs["seeds"]) if where == "sample" else len(args[3 if where == "mtp_trunk" else 2].q_lens)
-        if several > 1:
+        several = set(kwargs["seeds"].tolist()) if where == "sample" else args[3 if where == "mtp_trunk" else 2].q_lens
+        if len(several) > 1:
             failed.append(several)
             raise RuntimeError("out of memory")
         return function(*args, **kwargs)
@@ -511,6 +510,34 @@ def test_recorded_steps_change_no_result(open_llm, plain, case):
         found.append(outputs(llm, asked, each))
         assert (llm.engine.replay.replays > 100) == enabled and is_empty(llm.engine)
     assert found[0] == found[1] == outputs(plain[case], asked, each) and whims[0].steps == whims[1].steps
+
+
+def test_recorded_steps_draw_their_own_tokens(open_llm, plain, monkeypatch):
+    """Of a batch whose tokens depend on nothing before them; one request that asks for more is drawn for by itself."""
+    drawn = []
+    for name in ("sample", "mtp_verify"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *given, op=op, **rules: drawn.append(op) or op(*given, **rules))
+    asked = prompts(plain[FAMILIES[0]], [5, 9])
+    for value in (0.0, 0.5):
+        each = [params(temperature=0.8, max_tokens=60), params(seed=8, presence_penalty=value)]
+        llm, steps, calls = open_llm(speculation=Speculation(2)), [], []
+        step = llm.engine.step
+
+        def counted(step=step, llm=llm, steps=steps, calls=calls):
+            before, preparations = len(drawn), llm.engine.replay.preparations
+            done = step()
+            if llm.engine.replay.preparations == preparations:
+                steps.append(len(done))
+                calls.append(len(drawn) - before)
+            return done
+
+        monkeypatch.setattr(llm.engine, "step", counted)
+        assert outputs(llm, asked, each) == outputs(plain[FAMILIES[0]], asked, each)
+        both = [n for n, sequences in zip(calls, steps, strict=True) if sequences == 2][1:]  # behind the prompts
+        alone = [n for n, sequences in zip(calls, steps, strict=True) if sequences == 1]
+        assert len(both) > 4 and max(both) == (3 if value else 0), "two drafts, and what verifies them"
+        assert len(alone) > 4 and max(alone) == 0
 
 
 @pytest.mark.parametrize("kind", ["decoder", "mtp"])

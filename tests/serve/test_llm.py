@@ -197,6 +197,19 @@ def test_logprobs(llm):
     )
 
 
+def test_no_step_keeps_anything_for_gradients(llm, monkeypatch):
+    advance, seen = llm.engine._advance, []
+    monkeypatch.setattr(llm.engine, "_advance", lambda batch: seen.append(torch.is_grad_enabled()) or advance(batch))
+    each = glmx.SamplingParams(max_tokens=3, ignore_eos=True)
+    llm.generate([[5, 6]], each)
+    list(llm.stream([5, 6], each))
+    request = llm.make_request([5, 6], each)
+    llm.engine.add(request)
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert seen == [False] * 9 and torch.is_grad_enabled()
+
+
 def test_stop_ids_end_the_text(llm):
     prompt = prompts(llm, 3)[2]
     ids = plain_greedy(llm.model, prompt, 8)

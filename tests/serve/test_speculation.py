@@ -222,6 +222,17 @@ def test_new_sequences_sleep_at_once_where_nothing_pays():
     assert paying.hopeful(paying.track())
 
 
+def test_a_short_answer_is_slept_through():
+    policy, cost, draw = Speculation(2, True), linear(10, 3, 5), random.Random(12)
+    awake = []
+    for _ in range(8):
+        tracks = [policy.track()]
+        awake.append(
+            sum(not policy.sleeps(tracks) and bool(run(policy, [0.0], cost, 1, draw, tracks)) for _ in range(150))
+        )
+    assert awake[0] > 10 and awake[-1] == 1
+
+
 def test_a_try_that_is_not_paid_for_is_far():
     policy = Speculation(2, True)
     track = policy.track()

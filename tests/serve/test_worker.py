@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import glmx
+from glmx import ops
 from glmx.data import tokenizer as tokenizers
 from glmx.models import checkpoint
-from glmx.serve import engine as engine_module
 from glmx.serve.worker import ContextLengthError, QueueFullError, ShuttingDownError, Worker
 from tiny_glm import random_ids, random_model, tiny_config
 
@@ -228,7 +228,7 @@ def test_what_cannot_run_is_refused_at_once(llm, worker):
     assert fits.wait().finish_reason == "length" and len(fits.token_ids) == 28
 
 
-@pytest.mark.parametrize("where", ["forward", "sample"])
+@pytest.mark.parametrize("where", ["forward", "verify"])
 def test_a_request_that_fails_does_not_take_the_others_along(llm, worker, alone, monkeypatch, where, caplog):
     """Before the state has counted the step's tokens, and after."""
     if where == "forward":
@@ -241,14 +241,14 @@ def test_a_request_that_fails_does_not_take_the_others_along(llm, worker, alone,
 
         monkeypatch.setattr(llm.model, "forward_tokens", broken)
     else:
-        sample = engine_module.sample
+        mtp_verify = ops.mtp_verify
 
-        def broken(logits, *, top_p, **kwargs):
+        def broken(*given, top_p, **rules):
             if 0.5 in top_p:
                 raise RuntimeError("out of\nmemory")
-            return sample(logits, top_p=top_p, **kwargs)
+            return mtp_verify(*given, top_p=top_p, **rules)
 
-        monkeypatch.setattr(engine_module, "sample", broken)
+        monkeypatch.setattr(ops, "mtp_verify", broken)
     _, gate = held(worker, max_tokens=1)
     good, bad = Deltas(), Deltas()
     worker.submit([20, 21, 22], params(temperature=0), good)

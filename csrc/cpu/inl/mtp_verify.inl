@@ -1,7 +1,9 @@
 // mtp_verify: which drafts of a chain the model accepts, and the token of its own behind them; three modes
 // Contract   include/glmx/ops.h MtpVerifyParams   Oracle reference/mtp_verify.py   Doc docs/ops/mtp_verify.md
-// Shapes     draft_ids [B,K] i64 | logits [B,K+1,V] f32 | draft_probs [B,K,V] f32 or null | tokens [B,K+1] i64 | packed [B*(K+1)] i64
-// Layout     row-major; row j of a sequence judges draft j. Rows behind the last token that is given out are not read
+// Shapes     draft_ids [B,K] i64 | logits [B,K+1,V] f32 | draft_probs [B,K,V] f32 or null | tokens [B,K+1] i64 | packed [R] i64
+// Layout     row-major; row j of a sequence judges draft j. Rows behind the last token that is given out are not read. With row_offsets all
+// of
+//            them are [R] and [R,V], of as many rows for each sequence as the offsets say
 // Numerics   masses and coins as in sample; the acceptance test and P - q S in fp64, the residual rounded to whole units again, so that its
 //            sums are exact too. A sequence reads nothing but itself: its tokens depend on neither batch, row nor number of drafts
 // Algorithm  an item is a sequence: row after row until a draft is refused or none is left, then one draw. Packing: one pass at the end
@@ -89,13 +91,12 @@ inline int64_t replacement(const Odds& odds, const float* q, int64_t draft, doub
   }
 }
 
-// One row of the chain: the token that it gives out.
-inline int64_t verified_token(const MtpVerifyParams& p, int64_t b, int64_t j, int64_t draft, const RowScratch& s) {
-  const int64_t r = b * (p.K + 1) + j;
+// Row r, which judges the draft at place d: the token that it gives out.
+inline int64_t verified_token(const MtpVerifyParams& p, int64_t r, int64_t d, int64_t draft, const RowScratch& s) {
   const float* logits = p.logits + r * p.V;
   if (draft < 0 || p.mode != VerifyMode::rejection)
     return sample_row(p.rules, r, logits, p.V, p.mode == VerifyMode::greedy, kDrawTarget, s);
-  const float* q = p.draft_probs == nullptr ? nullptr : p.draft_probs + (b * p.K + j) * p.V;
+  const float* q = p.draft_probs == nullptr ? nullptr : p.draft_probs + d * p.V;
   const Odds odds = row_odds(p.rules, r, logits, p.V, false, s);
   const double total = static_cast<double>(static_cast<int64_t>(odds.total)) * 0x1p-42;
   const double mass = static_cast<double>(static_cast<int64_t>(mass_of(odds, draft, s))) * 0x1p-42;
@@ -106,27 +107,30 @@ inline int64_t verified_token(const MtpVerifyParams& p, int64_t b, int64_t j, in
   return replacement(odds, q, draft, total, coin24(seed, position, kDrawResidual), s);
 }
 
+inline int64_t first_row(const MtpVerifyParams& p, int64_t b) { return p.row_offsets == nullptr ? b * (p.K + 1) : p.row_offsets[b]; }
+
 inline void verify_item(void* context, int64_t b) {
   const MtpVerifyParams& p = *static_cast<const MtpVerifyParams*>(context);
   const auto s = plan_in_scratch<RowScratch>(p.V);
-  int64_t* tokens = p.tokens + b * (p.K + 1);
+  const int64_t row = first_row(p, b), drafts = first_row(p, b + 1) - row - 1, place = p.row_offsets == nullptr ? b * p.K : row;
+  int64_t* tokens = p.tokens + row;
   int64_t j = 0;
   for (;; ++j) {
-    const int64_t draft = j < p.K ? p.draft_ids[b * p.K + j] : -1;
-    tokens[j] = verified_token(p, b, j, draft, s);
+    const int64_t draft = j < drafts ? p.draft_ids[place + j] : -1;
+    tokens[j] = verified_token(p, row + j, place + j, draft, s);
     if (tokens[j] != draft) break;
   }
   p.accepted[b] = j;
-  for (++j; j <= p.K; ++j) tokens[j] = -1;
+  for (++j; j <= drafts; ++j) tokens[j] = -1;
 }
 
 inline void verify_chains(const MtpVerifyParams& p) {
-  parallel_items(p.B, p.B * (p.K + 1) * (p.V + 200), verify_item, const_cast<MtpVerifyParams*>(&p));
+  parallel_items(p.B, p.R * (p.V + 200), verify_item, const_cast<MtpVerifyParams*>(&p));
   int64_t packed = 0;
   p.packed_offsets[0] = 0;
   for (int64_t b = 0; b < p.B; ++b) {
-    for (int64_t j = 0; j <= p.accepted[b]; ++j) p.packed_ids[packed++] = p.tokens[b * (p.K + 1) + j];
+    for (int64_t j = 0; j <= p.accepted[b]; ++j) p.packed_ids[packed++] = p.tokens[first_row(p, b) + j];
     p.packed_offsets[b + 1] = static_cast<int32_t>(packed);
   }
-  for (; packed < p.B * (p.K + 1); ++packed) p.packed_ids[packed] = -1;
+  for (; packed < p.R; ++packed) p.packed_ids[packed] = -1;
 }

@@ -417,16 +417,19 @@ void sample(const SampleParams& p);
 //              If drafts are drawn from q with coins that are none of these, tokens are distributed as those of plain sampling.
 inline constexpr int kMtpVerifyRevision = 1;
 enum class VerifyMode : int64_t { greedy = 0, sample = 1, rejection = 2 };
+// R = B * (K + 1) rows, K + 1 of each sequence; or as many as row_offsets say, with drafts and their probs by rows too, of which the last
+// one of a sequence has none.
 struct MtpVerifyParams {
-  const int64_t* draft_ids;  // [B, K], each in [0, V), or -1: no draft here, and those behind it do not count
-  const float* logits;       // [B, K + 1, V]
-  const float* draft_probs;  // [B, K, V], or null; with rejection only
-  int64_t* tokens;           // [B, K + 1]: accepted drafts, the model's own token, then -1
-  int64_t* accepted;         // [B]: how many drafts
-  int64_t* packed_ids;       // [B * (K + 1)]: the tokens of all sequences one behind the other, then -1
-  int32_t* packed_offsets;   // [B + 1]: where those of each sequence begin and end
-  SampleRules rules;         // R = B * (K + 1) rows
-  int64_t B, K, V;           // B * (K + 1) < 2^31
+  const int64_t* draft_ids;    // [B, K], each in [0, V), or -1: no draft here, and those behind it do not count
+  const float* logits;         // [B, K + 1, V]
+  const float* draft_probs;    // [B, K, V], or null; with rejection only
+  const int32_t* row_offsets;  // [B + 1] from 0 to R, ascending: the rows of each sequence, at least one; or null: K + 1 of each
+  int64_t* tokens;             // [B, K + 1]: accepted drafts, the model's own token, then -1
+  int64_t* accepted;           // [B]: how many drafts
+  int64_t* packed_ids;         // [R]: the tokens of all sequences one behind the other, then -1
+  int32_t* packed_offsets;     // [B + 1]: where those of each sequence begin and end
+  SampleRules rules;           // R rows
+  int64_t B, K, R, V;          // R < 2^31; K is 0 with row_offsets
   VerifyMode mode;
 };
 void mtp_verify(const MtpVerifyParams& p);

@@ -7,17 +7,16 @@ sequences share pages, which are counted; whoever is about to write a shared pag
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 PAGE = 64  # rows of a page: kPageRows of the ops that attend
 
 
-@dataclass
-class Changes:
+class Changes(NamedTuple):
     """What the owner of the planes has to do before rows are written: zero fresh pages, copy (source, target) pages."""
 
-    fresh: list[int] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    fresh: list[int]
+    copies: list[tuple[int, int]]
 
 
 class Pages:
@@ -40,7 +39,7 @@ class Pages:
         There is always a page: a sequence never has more than its share, and a shared page counts for each of its
         users.
         """
-        table, changes = self.tables[seq], Changes()
+        table, changes = self.tables[seq], Changes([], [])
         for block in range(begin // PAGE, -(-end // PAGE)) if begin < end else ():
             if block == len(table):
                 table.append(self._take())

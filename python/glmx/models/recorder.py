@@ -58,10 +58,13 @@ def is_free(block: torch.Tensor) -> bool:
 
 
 class Recorded:
-    """`replay()` computes `result` again, out of what the inputs hold by then; `size` is its number of calls."""
+    """`replay()` computes `result` again, out of what the inputs hold by then; `size` is its number of calls.
+
+    False, and nothing is done, when a tensor that it watches has moved.
+    """
 
     def __init__(self, calls: Any, result: Result, blocks: Sequence[torch.Tensor]) -> None:
-        self.replay: Callable[[], None] = calls.replay
+        self.replay: Callable[[], bool] = calls.replay
         self.size, self.result, self._blocks = len(calls), result, blocks
 
 
@@ -73,13 +76,18 @@ class RefusedError(RuntimeError):
         self.result = result
 
 
-def record(compute: Callable[[], Result], pool: Pool) -> Recorded:
-    """Runs `compute` and keeps what it did; RefusedError when that cannot be done again."""
+def record(compute: Callable[[], Result], pool: Pool, watched: Sequence[torch.Tensor] = ()) -> Recorded:
+    """Runs `compute` and keeps what it did; RefusedError when that cannot be done again.
+
+    `watched` are tensors that others may give new memory: the model's weights.
+    """
     native = runtime.native()
     calls = native.Recording()
     mode = _Recorder(pool)
     calls.begin()
     try:
+        if watched:
+            torch.ops.glmx.watch(watched)
         with torch.no_grad(), mode:
             result = compute()
     finally:

@@ -46,6 +46,7 @@ def mtp_verify(
     bias_ids: Tensor | None = None,
     bias_values: Tensor | None = None,
     bias_spans: Tensor | None = None,
+    row_offsets: Tensor | None = None,
 ) -> Verified:
     """Judges a chain of up to K drafts per sequence; each gains from 1 to K+1 tokens.
 
@@ -63,9 +64,13 @@ def mtp_verify(
         draft_probs: fp32 [B, K, V], q, with "rejection"; None: drafts were chosen, not drawn (q is 1 for the draft).
         temperature, ..., bias_spans: as in `sample`, for rows [B, K+1]: each position may have its own. The history of
             row j holds the drafts before it.
+        row_offsets: int32 [B+1], from 0 to R: chains of any lengths, one behind the other. Sequence i has the rows
+            row_offsets[i] : row_offsets[i+1], at least one; then draft_ids are [R], of which the last of each sequence
+            does not count, logits [R, V], draft_probs [R, V], and all rules, seeds and positions too, have rows [R].
 
     Returns:
         Verified(tokens, accepted, packed_ids, packed_offsets): 1 to K+1 tokens of each sequence, padded and packed.
+        With row_offsets tokens and packed_ids are [R].
 
     Raises:
         ValueError: dtypes or shapes that do not fit, an unknown mode, or a value outside its range.
@@ -73,19 +78,30 @@ def mtp_verify(
     No gradient. Sources: Leviathan et al. 2023, algorithm 1, and Chen et al. 2023 for "rejection".
     """
     check_same_dtype(draft_ids, "draft_ids", torch.int64)
-    check_dim(draft_ids, "draft_ids", 2)
-    check_dim(logits, "logits", 3)
+    chains = row_offsets is not None
+    check_dim(draft_ids, "draft_ids", 1 if chains else 2)
+    check_dim(logits, "logits", 2 if chains else 3)
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}: got {mode!r}")
-    B, K = draft_ids.shape
-    if logits.shape[:2] != (B, K + 1):
-        raise ValueError(f"logits: expected shape {[B, K + 1]} + [V] for draft_ids {[B, K]}: got {list(logits.shape)}")
-    rows = torch.Size([B])
-    first = per_row(positions, "positions", rows, torch.int64)
+    shape = list(draft_ids.shape) if chains else [draft_ids.shape[0], draft_ids.shape[1] + 1]
+    if list(logits.shape[:-1]) != shape:
+        raise ValueError(
+            f"logits: expected shape {shape} + [V] for draft_ids {list(draft_ids.shape)}: got {list(logits.shape)}"
+        )
+    if row_offsets is not None:
+        check_same_dtype(row_offsets, "row_offsets", torch.int32)
+        check_dim(row_offsets, "row_offsets", 1)
+        row_offsets = row_offsets.contiguous()
+        B, R = row_offsets.shape[0] - 1, shape[0]
+    else:
+        B, R = shape[0], shape[0] * shape[1]
+        rows = torch.Size([B])
+        seeds = per_row(seeds, "seeds", rows, torch.int64)[:, None]
+        positions = per_row(positions, "positions", rows, torch.int64)[:, None] + torch.arange(shape[1])
     rules = rule_tensors(
         logits,
-        seeds=per_row(seeds, "seeds", rows, torch.int64)[:, None],
-        positions=first[:, None] + torch.arange(K + 1),
+        seeds=seeds,
+        positions=positions,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -100,11 +116,11 @@ def mtp_verify(
         bias_spans=bias_spans,
     )
     out = Verified(
-        draft_ids.new_empty(B, K + 1),
-        draft_ids.new_empty(B),
-        draft_ids.new_empty(B * (K + 1)),
+        draft_ids.new_empty(shape),
+        draft_ids.new_empty(max(B, 0)),
+        draft_ids.new_empty(R),
         draft_ids.new_empty(B + 1, dtype=torch.int32),
     )
     probs = None if draft_probs is None else draft_probs.detach().contiguous()
-    _forward(*out, draft_ids.contiguous(), logits.detach().contiguous(), probs, *rules, MODES.index(mode))
+    _forward(*out, draft_ids.contiguous(), logits.detach().contiguous(), probs, *rules, row_offsets, MODES.index(mode))
     return out

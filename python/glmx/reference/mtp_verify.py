@@ -51,34 +51,44 @@ def mtp_verify(
     bias_ids: torch.Tensor | None = None,
     bias_values: torch.Tensor | None = None,
     bias_spans: torch.Tensor | None = None,
+    row_offsets: torch.Tensor | None = None,
 ) -> Verified:
     """draft_ids [B, K], logits [B, K+1, V] -> Verified; the arguments as in glmx.ops.mtp_verify."""
     given = dict(locals())
-    B, K = draft_ids.shape
     V = logits.shape[-1]
+    if row_offsets is None:
+        B, K = draft_ids.shape
+        bounds, drafts_at = [b * (K + 1) for b in range(B + 1)], [b * K for b in range(B)]
+        seeds_R = torch.as_tensor(seeds).broadcast_to(B).repeat_interleave(K + 1).tolist()
+        positions_R = (torch.as_tensor(positions).broadcast_to(B)[:, None] + torch.arange(K + 1)).flatten().tolist()
+    else:
+        bounds = row_offsets.tolist()
+        B, drafts_at = len(bounds) - 1, bounds
+        seeds_R, positions_R = (torch.as_tensor(x).broadcast_to(bounds[-1]).tolist() for x in (seeds, positions))
+    R, drafts, probs = bounds[-1], draft_ids.flatten(), None if draft_probs is None else draft_probs.reshape(-1, V)
     if mode == "greedy":
         given["temperature"] = 0.0
     rules = Rules(given.pop("logits"), **given)
     kept = rules.kept(logits)
-    seeds_B, first_B = (torch.as_tensor(x).broadcast_to(B).tolist() for x in (seeds, positions))
-    tokens_BK = torch.full((B, K + 1), -1)
+    tokens_R = torch.full((R,), -1)
     accepted_B = torch.zeros(B, dtype=torch.int64)
     for b in range(B):
-        for j in range(K + 1):
-            draft = int(draft_ids[b, j]) if j < K else -1
-            row, flip = kept[b * (K + 1) + j], lambda draw, b=b, j=j: coin(seeds_B[b], first_B[b] + j, draw)
+        for r in range(bounds[b], bounds[b + 1]):
+            place = drafts_at[b] + r - bounds[b]
+            draft = int(drafts[place]) if r + 1 < bounds[b + 1] else -1
+            flip = lambda draw, r=r: coin(seeds_R[r], positions_R[r], draw)
             if mode == "rejection" and draft >= 0:
-                q = None if draft_probs is None else draft_probs[b, j]
-                token = judged(row, draft, q, flip(DRAW_ACCEPT), flip(DRAW_RESIDUAL), V)
+                q = None if probs is None else probs[place]
+                token = judged(kept[r], draft, q, flip(DRAW_ACCEPT), flip(DRAW_RESIDUAL), V)
             else:
-                token = drawn(row, flip(0))
-            tokens_BK[b, j] = token
+                token = drawn(kept[r], flip(0))
+            tokens_R[r] = token
             if token != draft:
                 break
             accepted_B[b] += 1
-    packed = torch.full((B * (K + 1),), -1)
-    emitted = tokens_BK[tokens_BK >= 0]
+    packed = torch.full((R,), -1)
+    emitted = tokens_R[tokens_R >= 0]
     packed[: len(emitted)] = emitted
     offsets = torch.zeros(B + 1, dtype=torch.int32)
     offsets[1:] = (accepted_B + 1).cumsum(0)
-    return Verified(tokens_BK, accepted_B, packed, offsets)
+    return Verified(tokens_R.view(logits.shape[:-1]), accepted_B, packed, offsets)

@@ -14,17 +14,16 @@ Legend: T rows, B sequences, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from glmx.models.replay import Replay
+from glmx.serve.rules import draw, plain_rules
 
 if TYPE_CHECKING:
     from glmx.serve.engine import Request
-
-Draw = Callable[[torch.Tensor, Sequence["Request"], Sequence[Sequence[int]]], list[int]]
 
 
 class Drafter:
@@ -40,11 +39,11 @@ class Drafter:
             piece = slice(start, start + self.max_rows)
             self.replay.prime(slot, hidden_TH[piece], next_ids[piece])
 
-    def draft(self, requests: Sequence[Request], counts: Sequence[int], draw: Draw) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
         """`counts` drafts for each request; those with some have taken in what they held.
 
-        `draw(logits_BV, requests, drafts)` chooses the tokens behind drafts, by the rules that the verification
-        follows: with the same random numbers, so that a draft is right wherever the two distributions draw the same.
+        They are drawn by the rules that the verification follows: with the same random numbers, so that a draft is
+        right wherever the two distributions draw the same.
         """
         drafts: list[list[int]] = [[] for _ in requests]
         active = [i for i, count in enumerate(counts) if count]
@@ -61,23 +60,26 @@ class Drafter:
             hidden.append(held_TH[head:])
             next_ids.append(known[head:])
         slots = [requests[i].slot for i in active]
-        out = self.replay.draft(slots, torch.cat(hidden) if len(hidden) > 1 else hidden[0], next_ids)
-        lists_Bk = out.topk_indices.clone() if self._shares_keys and out.topk_indices is not None else None
+        hidden_TH, lists_Bk = torch.cat(hidden) if len(hidden) > 1 else hidden[0], None
         depth = 0
         while True:
-            ids = draw(out.logits, [requests[i] for i in active], [drafts[i] for i in active])
+            batch, seen = [requests[i] for i in active], [[depth]] * len(active)
+            rules = plain_rules(batch, seen) if all(request.plain for request in batch) else None
+            out = self.replay.draft(slots, hidden_TH, next_ids, lists_Bk, rules)
+            ids = draw(out.logits, batch, [drafts[i] for i in active], seen) if out.ids is None else out.ids.tolist()
             for i, token in zip(active, ids, strict=True):
                 drafts[i].append(token)
+            if depth == 0 and self._shares_keys and out.topk_indices is not None:
+                lists_Bk = out.topk_indices.clone()
             depth += 1
             on = [b for b, i in enumerate(active) if counts[i] > depth]
             if not on:
                 break
             active, slots = [active[b] for b in on], [slots[b] for b in on]
-            hidden_BH = out.hidden
+            hidden_TH, next_ids = out.hidden, [[ids[b]] for b in on]
             if len(on) < len(ids):
-                rows = torch.tensor(on, device=hidden_BH.device)
-                hidden_BH, lists_Bk = hidden_BH[rows], None if lists_Bk is None else lists_Bk[rows]
-            out = self.replay.draft(slots, hidden_BH, [[ids[b]] for b in on], lists_Bk)
+                rows = torch.tensor(on, device=hidden_TH.device)
+                hidden_TH, lists_Bk = hidden_TH[rows], None if lists_Bk is None else lists_Bk[rows]
         for request, count in zip(requests, counts, strict=True):
             if count:
                 self.state.truncate_mtp(request.slot, self.state.lengths[request.slot] - request.mtp_start)

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -27,9 +28,8 @@ from glmx import ops
 from glmx.models.batch import Batch
 from glmx.models.decoder import Decoder
 from glmx.models.replay import MAX_ROWS, Replay
-from glmx.ops import mtp_verify, sample
 from glmx.serve.drafts import Drafter
-from glmx.serve.rules import sampling_rules, verification_rules
+from glmx.serve.rules import plain_rules, verify
 from glmx.serve.sampling import Logprob, SamplingParams
 from glmx.serve.speculation import KEPT, Speculation, Track
 from glmx.serve.text import TextStream
@@ -91,6 +91,19 @@ class Request:
     held: list[Rows] | None = None
     mtp_start: int = 0
     track: Track | None = None
+
+    @cached_property
+    def rule(self) -> tuple[int, int, float, float, float]:
+        """seed, top_k, temperature, top_p and min_p as the op sample takes them."""
+        p = self.params
+        seed = (self.seed + 2**63) % 2**64 - 2**63  # 64 bits of it, signed
+        # top_p: what fp32 can hold is one token all the same
+        return seed, min(max(p.top_k, 0), 2**31), p.temperature, max(p.top_p, 1e-30), p.min_p
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether its tokens are drawn without regard to those before them and without biases."""
+        return not (self.params.penalised or self.params.logit_bias)
 
     @property
     def finished(self) -> bool:
@@ -173,13 +186,18 @@ class Engine:
         self.check(request)
         self.waiting.append(request)
 
-    @torch.no_grad()
     def step(self) -> list[Request]:
         """One forward, at least one new token for each running request; returns those requests.
 
         When the batch fails, each of its requests runs alone, which gives the same results: those that are
         sound go on, the others end with `error` set.
         """
+        if not torch.is_grad_enabled():  # who makes many steps saves the context of each
+            return self._step()
+        with torch.no_grad():
+            return self._step()
+
+    def _step(self) -> list[Request]:
         self._admit()
         running = self.running
         batches = [running] if running else []
@@ -232,9 +250,9 @@ class Engine:
             times.append(self.clock())
             cached = [self.state.lengths[slot] for slot in slots]
             known = [request.tokens_from(start) for request, start in zip(batch, cached, strict=True)]
-            hidden_TH, rows_RH, logits_RV = self._forward(slots, known, drafts)
-            gained = self._verify(batch, drafts, logits_RV)
-            logprobs = self._logprobs(batch, gained, rows_RH, logits_RV)
+            hidden_TH, hidden_RH, logits_RV, ids = self._forward(batch, known, drafts)
+            gained = _verified(drafts, ids)
+            logprobs = self._logprobs(batch, drafts, gained, hidden_RH, logits_RV)
             nothing: list[list[Rows] | None] = [None if request.held is None else [] for request in batch]
             held = nothing if asleep else self._settle(batch, known, drafts, gained, hidden_TH)
             times.append(self.clock())
@@ -273,7 +291,7 @@ class Engine:
         for count in self.speculation.counts(_tracks(batch), rooms):
             counts.append(min(count, max(spare, 0)))
             spare -= counts[-1]
-        return self._drafter.draft(batch, counts, self._draw)
+        return self._drafter.draft(batch, counts)
 
     def _room(self, request: Request) -> int:
         """How many tokens a request may still gain."""
@@ -281,43 +299,27 @@ class Engine:
         return min(request.params.max_tokens - len(request.token_ids), left)
 
     def _forward(
-        self, slots: Sequence[int], known: Sequence[list[int]], drafts: Sequence[list[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, batch: Sequence[Request], known: Sequence[list[int]], drafts: Sequence[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
         """One forward over what each cache lacks, and over drafts: hidden [T, H].
 
-        With them [B * (K + 1), H] and logits of each request's last known token and its drafts, K the most drafts.
+        Then of the rows of each request's last known token and its drafts, one behind the other: hidden [R, H], logits
+        [R, V], and the tokens behind them, drawn as without drafts; -1 behind a wrong draft.
         """
+        slots = [request.slot for request in batch]
         new = [ids + guesses for ids, guesses in zip(known, drafts, strict=True)]
-        decodes = sum(map(len, known)) == len(slots)  # no prompts, of whose rows few need logits
-        if decodes:
-            hidden_TH, logits_TV = self.replay.forward(slots, new)
-            if len(set(map(len, drafts))) == 1:
-                return hidden_TH, hidden_TH, logits_TV
-        else:
-            hidden_TH = self._append_tokens(slots, new)
-        K, places = max(map(len, drafts)), []
-        for guesses, end in zip(drafts, accumulate(map(len, new)), strict=True):
-            last = end - len(guesses) - 1
-            places += [min(last + j, end - 1) for j in range(K + 1)]  # behind fewer drafts than K, rows nobody reads
-        rows = torch.tensor(places, device=self.model.device)
-        rows_RH = hidden_TH[rows]
-        return hidden_TH, rows_RH, logits_TV[rows] if decodes else self.model.logits(rows_RH)
-
-    def _verify(
-        self, batch: Sequence[Request], drafts: Sequence[Sequence[int]], logits_RV: torch.Tensor
-    ) -> list[list[int]]:
-        """The tokens that each request gains: one, and one more for each draft that was right."""
-        K = max(map(len, drafts))
-        if K == 0:
-            return [[token] for token in self._draw(logits_RV, batch, drafts)]
-        ids_BK = torch.tensor([[*guesses, *[-1] * (K - len(guesses))] for guesses in drafts])
-        rules = verification_rules(batch, drafts)
-        out = mtp_verify(ids_BK, logits_RV.view(len(batch), K + 1, -1), **rules)
-        return [ids[: n + 1] for ids, n in zip(out.tokens.tolist(), out.accepted.tolist(), strict=True)]
-
-    def _draw(self, logits_BV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Sequence[int]]) -> list[int]:
-        """The token behind the drafts of each request, by its parameters and by its place in the sequence."""
-        return sample(logits_BV, **sampling_rules(batch, drafts)).tolist()
+        seen = [range(len(guesses) + 1) for guesses in drafts]
+        if all(len(ids) == 1 for ids in known):  # no prompts, of whose rows few need logits
+            rules = plain_rules(batch, seen) if all(request.plain for request in batch) else None
+            out = self.replay.forward(slots, new, rules)
+            ids = verify(out.logits, batch, drafts) if out.ids is None else out.ids.tolist()
+            return out.hidden, out.hidden, out.logits, ids
+        hidden_TH = self._append_tokens(slots, new)
+        ends = accumulate(map(len, new))
+        places = [end - len(counts) + n for end, counts in zip(ends, seen, strict=True) for n in counts]
+        hidden_RH = hidden_TH[torch.tensor(places, device=self.model.device)]
+        logits_RV = self.model.logits(hidden_RH)
+        return hidden_TH, hidden_RH, logits_RV, verify(logits_RV, batch, drafts)
 
     def _settle(
         self,
@@ -417,31 +419,32 @@ class Engine:
     def _logprobs(
         self,
         batch: Sequence[Request],
+        drafts: Sequence[Sequence[int]],
         gained: Sequence[Sequence[int]],
         hidden_RH: torch.Tensor,
         logits_RV: torch.Tensor,
     ) -> list[list[dict[int, Logprob] | None]]:
         """Of each token that a request gained, its own and the most likely ones; None where nobody asked.
 
-        hidden and logits have as many rows for each request, of which `gained` came out of the first. The log-probs are
-        lm_head_logprob's, which are the trainer's; the logits give the rank alone.
+        hidden and logits are _forward's. The log-probs are lm_head_logprob's, which are the trainer's; the logits give
+        the rank alone.
         """
-        width = len(hidden_RH) // len(batch)
         found: list[list[dict[int, Logprob] | None]] = [[None] * len(tokens) for tokens in gained]
+        if all(request.params.logprobs is None for request in batch):
+            return found
+        firsts = accumulate((len(guesses) + 1 for guesses in drafts), initial=0)
         asked = [
-            (b, j, n)
-            for b, request in enumerate(batch)
+            (b, j, first + j, n)
+            for b, (request, first) in enumerate(zip(batch, firsts, strict=False))
             if (n := request.params.logprobs) is not None
             for j in range(len(gained[b]))
         ]
-        if not asked:
-            return found
-        rows = torch.tensor([b * width + j for b, j, _ in asked], device=hidden_RH.device)
-        ids_A = torch.tensor([gained[b][j] for b, j, _ in asked], device=hidden_RH.device)
-        top_n = max(n for _, _, n in asked)
+        rows = torch.tensor([row for _, _, row, _ in asked], device=hidden_RH.device)
+        ids_A = torch.tensor([gained[b][j] for b, j, _, _ in asked], device=hidden_RH.device)
+        top_n = max(n for _, _, _, n in asked)
         out = ops.lm_head_logprob(hidden_RH[rows], self.model.lm_head.weight, ids_A, top_n=top_n)
-        for a, (b, j, n) in enumerate(asked):
-            name, token, logits_V = batch[b].text.token_text, gained[b][j], logits_RV[b * width + j]
+        for a, (b, j, row, n) in enumerate(asked):
+            name, token, logits_V = batch[b].text.token_text, gained[b][j], logits_RV[row]
             rank = 1 + int((logits_V > logits_V[token]).sum())
             mine = {token: Logprob(float(out.logprob[a]), rank, name(token))}
             tops = zip(out.top_ids[a, :n].tolist(), out.top_logprobs[a, :n].tolist(), strict=True)
@@ -475,6 +478,16 @@ class Engine:
             self.state.free(request.slot)
             request.slot = -1
         request.held = None
+
+
+def _verified(drafts: Sequence[Sequence[int]], ids: list[int]) -> list[list[int]]:
+    """The tokens that each request gains: one, and one more for each draft that was right. `ids` are _forward's."""
+    gained, first = [], 0
+    for guesses in drafts:
+        tokens = ids[first : first + len(guesses) + 1]
+        gained.append(tokens[: tokens.index(-1)] if tokens[-1] == -1 else tokens)
+        first += len(guesses) + 1
+    return gained
 
 
 def _count(held: Sequence[Rows]) -> int:

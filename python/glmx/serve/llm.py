@@ -73,6 +73,7 @@ class LLM:
         self._seed = seed
         self._numbers = itertools.count()  # next() is one step, so any thread may make requests
 
+    @torch.no_grad()
     def generate(
         self, prompts: str | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:

@@ -26,8 +26,9 @@ MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
 PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
 TRY_SHARE = 0.01  # of the time of steps: what tries may lose. The next one waits until the last one is paid for.
 QUIET_STEPS = 8  # a choice of no drafts stands for so many steps: to make it takes time as well
-# Far from any try it stands for as many, each time for twice as many up to this, in which nothing is measured or kept.
-MAX_SLEEP = 64
+# Far from any try it stands for as many, each time for twice as many until it reaches one, and nothing is measured or
+# kept meanwhile.
+MAX_SLEEP = MAX_PROBE_STEPS
 KEPT = 16  # rows that a sequence begins with when a try is near
 UNLIKELY = 0.02  # drafts with less of a chance are not looked at: a forward row costs more than 2 % of a forward
 MARGIN = 1.05  # drafts that promise less of a gain are not made: of many noisy promises the best one is too good
@@ -281,10 +282,13 @@ class Speculation:
     ) -> None:
         """What a step without prompts took, after `observe` of it: its forward, and the draft steps.
 
+        Of no interest unless it adapts.
         depth  draft steps, the most drafts that a sequence got; `drafts` of all together
         caught_up  the draft steps had no more to do than drafts
         typical    false: it took longer than later ones of its kind will
         """
+        if not self.adaptive:
+            return
         if not typical:
             self._untypical += drafts > 0
             if not drafts or self._untypical <= UNTYPICAL:

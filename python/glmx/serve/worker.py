@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from glmx.serve.engine import ContextLengthError, Request
 from glmx.serve.llm import LLM
 from glmx.serve.sampling import Logprob, SamplingParams
@@ -193,6 +195,7 @@ class Worker:
         self._thread.join()
         return self._all_done
 
+    @torch.no_grad()
     def _run(self) -> None:
         self._engine.owner = threading.get_ident()
         reason = "the server was shut down before the request was done"

@@ -537,13 +537,24 @@ void mtp_verify_case(int64_t B, int64_t K, int64_t V, glmx::VerifyMode mode, boo
   glmx::MtpVerifyParams p{};
   p.draft_ids = drafts.as<int64_t>(), p.logits = logits.as<float>(), p.draft_probs = with_probs ? probs.as<float>() : nullptr;
   p.tokens = tokens.as<int64_t>(), p.accepted = accepted.as<int64_t>(), p.packed_ids = packed.as<int64_t>();
-  p.packed_offsets = offsets.as<int32_t>(), p.rules = rules.params, p.B = B, p.K = K, p.V = V, p.mode = mode;
+  p.packed_offsets = offsets.as<int32_t>(), p.rules = rules.params, p.B = B, p.K = K, p.R = rows, p.V = V, p.mode = mode;
   glmx::mtp_verify(p);
   const std::string name = label(with_probs ? "probs" : "ids", DType::f32, V) + "_" + std::to_string(static_cast<int>(mode));
   record("mtp_verify", name + "_tokens", tokens);
   record("mtp_verify", name + "_accepted", accepted);
   record("mtp_verify", name + "_packed", packed);
   record("mtp_verify", name + "_offsets", offsets);
+
+  // As many rows in chains of 1 to 2 K + 1 rows.
+  std::vector<int32_t> bounds{0};
+  for (int64_t b = 0; b < B; ++b)
+    bounds.push_back(static_cast<int32_t>(bounds.back() + (b + 1 == B ? rows - bounds.back() : 1 + b % 2 * 2 * K)));
+  const Bytes flat = integers<int64_t>(rows, V, -1), flat_probs = values(DType::f32, rows * V);
+  p.draft_ids = flat.as<int64_t>(), p.draft_probs = with_probs ? flat_probs.as<float>() : nullptr;
+  p.row_offsets = bounds.data(), p.K = 0;
+  glmx::mtp_verify(p);
+  record("mtp_verify", name + "_ragged", tokens);
+  record("mtp_verify", name + "_ragged_offsets", offsets);
 }
 
 void run_all() {
