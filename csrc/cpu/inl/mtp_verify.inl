@@ -1,9 +1,8 @@
 // mtp_verify: which drafts of a chain the model accepts, and the token of its own behind them; three modes
 // Contract   include/glmx/ops.h MtpVerifyParams   Oracle reference/mtp_verify.py   Doc docs/ops/mtp_verify.md
 // Shapes     draft_ids [B,K] i64 | logits [B,K+1,V] f32 | draft_probs [B,K,V] f32 or null | tokens [B,K+1] i64 | packed [R] i64
-// Layout     row-major; row j of a sequence judges draft j. Rows behind the last token that is given out are not read. With row_offsets all
-// of
-//            them are [R] and [R,V], of as many rows for each sequence as the offsets say
+// Layout     row-major; row j of a sequence judges draft j. Rows behind the last token that is given out are not read. With row_offsets
+//            all of them are [R] and [R,V], of as many rows for each sequence as the offsets say
 // Numerics   masses and coins as in sample; the acceptance test and P - q S in fp64, the residual rounded to whole units again, so that its
 //            sums are exact too. A sequence reads nothing but itself: its tokens depend on neither batch, row nor number of drafts
 // Algorithm  an item is a sequence: row after row until a draft is refused or none is left, then one draw. Packing: one pass at the end
