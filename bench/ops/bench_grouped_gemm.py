@@ -6,9 +6,8 @@ Shapes are the gate-up product of one MoE layer: [tokens * top_k, hidden] x [2 *
 counts are cut to EXPERTS so that the weights fit beside the tests; tokens per expert are those of the full layer's
 share. The ceiling is measured in the same test (bench/roofline.py).
 
-torch's bf16 products use vdpbf16ps where the CPU has it, at twice the rate of fp32 FMA. The GEMM tree, by which every
-x86 gives the same bits, cannot be computed with it: without AMX, a ratio near 0.5 is all that a compute-bound bf16 row
-can reach there.
+torch's bf16 products use vdpbf16ps where the CPU has it, and so does ours, in the order of the GEMM tree (level
+`avx512_bf16`); pinned to `avx512` ours runs on fp32 FMA, at half the rate.
 """
 
 from __future__ import annotations
