@@ -12,6 +12,7 @@ from glmx.serve.speculation import (
     AUTO_LIMIT,
     KEPT,
     MAX_PROBE_STEPS,
+    MAX_UNPAID_STEPS,
     PROBE_STEPS,
     STALE_TIMES,
     TRY_SHARE,
@@ -210,7 +211,7 @@ def test_new_sequences_sleep_at_once_where_nothing_pays():
     policy, cost, draw = Speculation(2, True), linear(10, 3, 5), random.Random(11)
     first = policy.track()
     assert policy.hopeful(first)
-    run(policy, [0.0], cost, 150, draw, [first])
+    run(policy, [0.0], cost, 120, draw, [first])
     assert first.patience < MAX_PROBE_STEPS
     tracks = [policy.track()]
     assert not policy.hopeful(tracks[0])
@@ -222,15 +223,25 @@ def test_new_sequences_sleep_at_once_where_nothing_pays():
     assert paying.hopeful(paying.track())
 
 
-def test_a_short_answer_is_slept_through():
-    policy, cost, draw = Speculation(2, True), linear(10, 3, 5), random.Random(12)
-    awake = []
-    for _ in range(8):
-        tracks = [policy.track()]
-        awake.append(
-            sum(not policy.sleeps(tracks) and bool(run(policy, [0.0], cost, 1, draw, tracks)) for _ in range(150))
-        )
-    assert awake[0] > 10 and awake[-1] == 1
+def test_short_answers_are_slept_through_but_for_tries():
+    """Their steps count together: a try is as rare as in one long answer, and finds out when drafts begin to pay."""
+    policy, cost, draw = Speculation(2, True), linear(10, 0.5, 1), random.Random(12)
+
+    def answers(rate: float, number: int) -> tuple[int, int]:
+        tries = awake = 0
+        for _ in range(number):
+            tracks = [policy.track()]
+            for _ in range(96):
+                if not policy.sleeps(tracks):
+                    awake += 1
+                    tries += sum(run(policy, [rate], cost, 1, draw, tracks)[0])
+        return tries, awake
+
+    answers(0.0, 8)
+    tries, awake = answers(0.0, 32)
+    assert 8 <= tries <= 32 * 96 // MAX_PROBE_STEPS and awake < 32 * 96 * 0.2
+    answers(1.0, 8)
+    assert answers(1.0, 1)[0] > 96
 
 
 def test_a_try_that_is_not_paid_for_is_far():
@@ -241,6 +252,18 @@ def test_a_try_that_is_not_paid_for_is_far():
     assert policy.steps_to_try(track) == 5
     policy._saved_s = -TRY_SHARE * 100
     assert policy.steps_to_try(track) == 100
+
+
+def test_what_a_new_kind_of_step_takes_is_paid_for_too():
+    policy = Speculation(2, True)
+    policy.observe_times(1, 1.0, 0, 0, 0.0)
+    track = policy.track()
+    policy.observe([track], [1], [0])
+    policy.observe_times(2, 30.0, 1, 1, 11.0, typical=False)  # 40 more than a step without drafts
+    track.idle = track.patience
+    assert 3900 < policy.steps_to_try(track) <= 4000
+    policy.observe_times(2, 1000.0, 1, 1, 1.0, typical=False)
+    assert policy.steps_to_try(track) == MAX_UNPAID_STEPS
 
 
 def test_it_learns_step_by_step():

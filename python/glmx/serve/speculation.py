@@ -24,7 +24,8 @@ MAX_DRAFTS = 16  # a wider verification than 17 rows is another kind of forward
 # A sequence without drafts tries one after so many steps, as its text may have become easier; after each that changes
 # no choice it waits twice as long, up to the second number. With 32 and no end a batch of four lost 5 % to its tries.
 PROBE_STEPS, MAX_PROBE_STEPS = 32, 256
-TRY_SHARE = 0.01  # of the time of steps: what tries may lose. The next one waits until the last one is paid for.
+TRY_SHARE = 0.01  # of the time of steps: what tries may lose. The next one waits until the last one is paid for,
+MAX_UNPAID_STEPS = 4096  # but no longer. To prepare a step of a new kind takes as long as dozens of steps.
 QUIET_STEPS = 8  # a choice of no drafts stands for so many steps: to make it takes time as well
 # Far from any try it stands for as many, each time for twice as many until it reaches one, and nothing is measured or
 # kept meanwhile.
@@ -174,7 +175,9 @@ class Speculation:
         self.limit, self.adaptive = limit, adaptive
         self.counters = Counters(0, [0] * limit, [0] * limit)
         self._pool = Acceptance(limit)
-        self._patience = PROBE_STEPS  # the last one that a sequence came to, where the next begins
+        # Where a new sequence begins: the last patience that one came to, and the steps since any had drafts. With its
+        # own steps alone, no answer shorter than its patience would ever try.
+        self._patience, self._idle = PROBE_STEPS, 0
         # By rows; a draft step's are the sequences that take part in it, on average over a step's.
         self._forwards, self._draft_steps = Times(), Times()
         self._untypical = 0  # steps with drafts since the last typical one
@@ -189,8 +192,7 @@ class Speculation:
 
     def track(self) -> Track:
         """For a new sequence, which is as hopeful as the last ones were."""
-        idle = 0 if self._next_sleep == QUIET_STEPS else QUIET_STEPS
-        return Track(Acceptance(self.limit, self._pool), idle, self._patience)
+        return Track(Acceptance(self.limit, self._pool), self._idle + self._slept, self._patience)
 
     def counts(self, tracks: Sequence[Track], rooms: Sequence[int]) -> list[int]:
         """Drafts for each sequence of a step, at most its room."""
@@ -243,6 +245,7 @@ class Speculation:
             self._sleep, self._slept = self._sleep - 1, self._slept + 1
             return True
         if self._slept:
+            self._idle += self._slept
             for track in self._sleepers:
                 track.idle += self._slept
             self._saved_s = min(self._saved_s + self._slept * TRY_SHARE * self._plain_s, 0.0)
@@ -256,8 +259,9 @@ class Speculation:
     def observe(self, tracks: Sequence[Track], drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """What a step has verified."""
         self._accepted = sum(accepted)
+        self._idle += 1
         if any(drafted):
-            self._quiet, self._next_sleep = ([], 0), QUIET_STEPS
+            self._quiet, self._next_sleep, self._idle = ([], 0), QUIET_STEPS, 0
         for track, count, right in zip(tracks, drafted, accepted, strict=True):
             if not count:
                 track.idle += 1
@@ -292,23 +296,27 @@ class Speculation:
         if not typical:
             self._untypical += drafts > 0
             if not drafts or self._untypical <= UNTYPICAL:
+                self._pay(rows - drafts, drafts, forward_s, drafting_s)
                 return
         elif drafts:
             self._untypical = 0
-        self._saved_s += TRY_SHARE * forward_s
         if not drafts and self._quiet[1] % 4:
-            self._saved_s = min(self._saved_s, 0.0)
+            self._saved_s = min(self._saved_s + TRY_SHARE * forward_s, 0.0)
             return  # one of many like it: to note them all costs more than they tell
         self._forwards.add(rows, forward_s)
         self._timed = max(self._timed, depth)
         if depth and caught_up:
             self._draft_steps.add(round(drafts / depth), drafting_s / depth)
-        plain_s, tokens = self._forwards.at(rows - drafts), 1 + self._accepted / (rows - drafts)
-        self._plain_s = plain_s
+        self._plain_s = self._forwards.at(rows - drafts)
+        self._pay(rows - drafts, drafts, forward_s, drafting_s)
+
+    def _pay(self, sequences: int, drafts: int, forward_s: float, drafting_s: float) -> None:
+        """Puts a share of a step's time aside, and takes out what its drafts have lost. Nothing is saved up."""
+        self._saved_s += TRY_SHARE * forward_s
         if drafts:
-            self._saved_s -= forward_s + drafting_s - tokens * plain_s
-        # Nothing is saved up for later, and what learning has cost delays no try by more than the longest patience.
-        self._saved_s = min(max(self._saved_s, -TRY_SHARE * MAX_PROBE_STEPS * plain_s), 0.0)
+            tokens = 1 + self._accepted / sequences
+            self._saved_s -= forward_s + drafting_s - tokens * self._plain_s
+        self._saved_s = min(max(self._saved_s, -TRY_SHARE * MAX_UNPAID_STEPS * self._plain_s), 0.0)
 
     def _cost(self, sequences: int, rows: int, depth: int) -> float:
         if not depth:
