@@ -122,7 +122,7 @@ def test_every_torch_op_finds_its_kernel():
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("glmx::")
     }
     assert "rope_cos_sin" in names
-    for name in names:
+    for name in names - {"watch"}:  # what a recording asks about, no computation
         row = runtime.kernel_of(name, "bf16")
         assert row is not None and name.startswith(row["op"]), name
     assert runtime.kernel_of("rope_cos_sin", "fp32")["op"] == "rope"
