@@ -3,9 +3,9 @@
 #include "cpu/inl/meanwhile.inl"
 #include "cpu/inl/sizes.inl"
 
-// Rows [first, last) of some bytes each: row(i) is where row i lies. They are fetched into L2 over so many calls, so that memory works
-// while tiles are multiplied: rows may lie far apart, where the CPU's own fetching does not follow, and all at once would wait for each
-// other.
+// Rows [first, last) of some bytes each: row(i) is where row i lies. They are fetched into L1 over so many calls, so that memory works
+// while tiles are multiplied, and wait in L2 if they are many: rows may lie far apart, where the CPU's own fetching does not follow, and
+// all at once would wait for each other.
 template <class Row>
 struct FetchRows {
   Row row;
