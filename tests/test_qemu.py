@@ -27,7 +27,7 @@ CPP = ROOT / "build/cpp-plain/tests/cpp"
 HASWELL = "Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm"
 # The others take half a minute under emulation; the C++ digest and the model run them on the Haswell too.
 STEMS = ["rms_norm", "add_rms_norm", "silu_mul", "rope", "embedding", "route_topk", "expert_plan", "moe_combine"]
-STEMS += ["sum_squares", "layer_norm", "cache_append"]
+STEMS += ["sum_squares", "adamw", "layer_norm", "cache_append"]
 
 
 @pytest.fixture(scope="module", autouse=True)

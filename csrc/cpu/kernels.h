@@ -39,6 +39,7 @@
   void embedding(const EmbeddingParams& p);                        \
   void embedding_backward(const EmbeddingBackwardParams& p);       \
   void sum_squares(const SumSquaresParams& p);                     \
+  void adamw(const AdamwParams& p);                                \
   void lm_head_scan(const LmHeadScan& p);                          \
   void lm_head_finish(const LmHeadFinish& p);                      \
   void lm_head_d_logits(const LmHeadDlogits& p);                   \

@@ -39,6 +39,7 @@ const std::vector<OpInfo>& op_table() {
       cache_append_info(),
       lm_head_logprob_info(),
       sum_squares_info(),
+      adamw_info(),
   };
   // clang-format on
   return table;

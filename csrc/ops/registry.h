@@ -23,4 +23,5 @@ OpInfo embedding_info();
 OpInfo cache_append_info();
 OpInfo lm_head_logprob_info();
 OpInfo sum_squares_info();
+OpInfo adamw_info();
 }  // namespace glmx

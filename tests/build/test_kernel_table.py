@@ -43,6 +43,7 @@ EXPECTED = {
     "cache_append": ("base", "base", "base", "base", "base"),
     "lm_head_logprob": VECTOR,
     "sum_squares": VECTOR,
+    "adamw": VECTOR,
 }
 
 

@@ -38,6 +38,7 @@ STEMS = {
     "moe_combine": ("moe_combine",),
     "lm_head_logprob": ("lm_head_logprob",),
     "sum_squares": ("sum_squares",),
+    "adamw": ("adamw",),
     "attention": ("attention",),
     "indexer_topk": ("indexer_topk",),
     "sparse_mla": ("sparse_mla",),
@@ -364,6 +365,42 @@ def sum_squares_cases() -> Iterator[Case]:
         "list",
         lambda: {"x": [values(70, 90), values(3, seed=1, dtype=BF16), values(0), values(5000, seed=2)]},
     )
+
+
+def adamw_cases() -> Iterator[Case]:
+    rates = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    for dtype in DTYPES:
+        for n in (0, 1, 15, 16, 33, 16_384, 40_001):
+
+            def make(n=n, dtype=dtype):
+                master = values(n, seed=n)
+                return {
+                    "param": master.to(dtype),
+                    "master": master,
+                    "exp_avg": values(n, seed=n + 1, scale=0.1),
+                    "exp_avg_sq": values(n, seed=n + 2, scale=0.1).square(),
+                    "grad": spread(n, seed=n + 3, low=-30, high=10),
+                    "updates": n + 1,
+                    "weight_decay": 0.1 * (n % 2),
+                    **rates,
+                }
+
+            yield Case("adamw", f"{tag(dtype)}-{n}", make)
+        yield Case(
+            "adamw",
+            f"{tag(dtype)}-wild",
+            lambda dtype=dtype: {
+                "param": torch.zeros(20, 35, dtype=dtype),
+                "master": wild(20, 35),
+                "exp_avg": wild(20, 35, seed=1),
+                "exp_avg_sq": wild(20, 35, seed=2).abs(),
+                "grad": wild(20, 35, seed=3),
+                "updates": 3,
+                "weight_decay": 0.1,
+                "grad_scale": 0.37,
+                **rates,
+            },
+        )
 
 
 # --- routing
@@ -1323,7 +1360,10 @@ def with_grad(kwargs: dict[str, Any], grads: tuple[str, ...], dtype: torch.dtype
 def evaluate(ops: ModuleType | Any, case: Case, *, gradients: bool = True, **extra: Any) -> dict[str, torch.Tensor]:
     """Outputs and gradients ("d_<argument>") of one case under `ops`, glmx.ops or glmx.reference."""
     kwargs = with_grad(case.make(), case.grads if gradients else ())
-    tensors = named_tensors(getattr(ops, case.op)(**kwargs, **extra))
+    result = getattr(ops, case.op)(**kwargs, **extra)
+    # What returns nothing has written its arguments.
+    written = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    tensors = written if result is None else named_tensors(result)
     out = {name: tensor.detach() for name, tensor in tensors.items()}
     if gradients and case.grads:
         live = {n: t for n, t in tensors.items() if t.requires_grad}

@@ -648,4 +648,22 @@ struct SumSquaresParams {
 };
 void sum_squares(const SumSquaresParams& p);
 
+// adamw: one update of fp32 masters, element by element, each operation rounded once and none fused:
+//   g = grad * grad_scale;  m = m * beta1 + g * rest1;  v = v * beta2 + (g * g) * rest2;
+//   master = master * keep - (m / (sqrt(v) * root + eps)) * rate;  param = master, rounded to dtype;  grad = 0.
+//   With t updates before this one: rest = 1 - beta, keep = 1 - lr * weight_decay, root = 1 / sqrt(1 - beta2^(t + 1)),
+//   rate = lr / (1 - beta1^(t + 1)), all computed in fp64 and rounded once.
+inline constexpr int kAdamwRevision = 1;
+struct AdamwParams {
+  void* param;        // [n] dtype
+  float* master;      // [n]
+  float* exp_avg;     // [n], m
+  float* exp_avg_sq;  // [n], v
+  float* grad;        // [n]
+  int64_t n;
+  float grad_scale, beta1, rest1, beta2, rest2, keep, root, eps, rate;
+  DType dtype;
+};
+void adamw(const AdamwParams& p);
+
 }  // namespace glmx

@@ -5,6 +5,7 @@ The functions are imported eagerly so that `glmx.ops.rms_norm` is always the fun
 
 from __future__ import annotations
 
+from glmx.ops.adamw import adamw
 from glmx.ops.add_rms_norm import add_rms_norm
 from glmx.ops.attention import Attended, attention
 from glmx.ops.cache_append import cache_append
@@ -31,6 +32,7 @@ __all__ = [
     "ExpertPlan",
     "LogProbs",
     "Verified",
+    "adamw",
     "add_rms_norm",
     "attention",
     "cache_append",

@@ -8,6 +8,7 @@ fp64 too) and the result is fp64. Tests derive their tolerances around the exact
 
 from __future__ import annotations
 
+from glmx.reference.adamw import adamw
 from glmx.reference.add_rms_norm import add_rms_norm
 from glmx.reference.attention import Attended, attention
 from glmx.reference.cache_append import cache_append
@@ -35,6 +36,7 @@ __all__ = [
     "ExpertPlan",
     "LogProbs",
     "Verified",
+    "adamw",
     "add_rms_norm",
     "attention",
     "cache_append",

@@ -86,7 +86,6 @@ def train_step(run: Run) -> dict[str, Any]:
     counts = Denominators.of(micro_batches, config.data.seq_len)
     losses, loads = Losses(), balance.ExpertLoads()
     run.model.see_all_keys = run.tokens < (config.indexer.dense_tokens or 0)
-    run.optim.zero_grad()
     for micro in micro_batches:
         forward_backward(
             run.model,

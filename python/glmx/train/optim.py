@@ -8,11 +8,8 @@ in `p.grad` is folded in by `fold_grads`.
 A model's indexers are a part of their own: what trains them must not reach the rest, and one gradient norm over both,
 clipped, would.
 
-Numerics. An update is a chain of torch's `mul`, `add`, `div` and `sqrt`, each rounded once and never fused,
-so its bits depend neither on the thread count nor on where a vector tail falls; `addcmul`, `lerp` and
-torch's fused AdamW promise neither. Buffers are walked in blocks that stay in cache, which keeps the chain
-at the cost of one pass. Weight decay is on matrices; it is not on norms and biases (1-D) nor on the token
-embedding, whose rows get a gradient only when their token occurs.
+Updates are `ops.adamw`: one pass over memory, the same bits for any thread count. Weight decay is on matrices; it is
+not on norms and biases (1-D) nor on the token embedding, whose rows get a gradient only when their token occurs.
 """
 
 from __future__ import annotations
@@ -25,9 +22,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-# Elements per block of an update, chosen by measurement: 26 ms for 10.5 M parameters on one core or two,
-# twice as share of the L3, and torch's loop still has two chunks to split (its grain is 32,768 elements).
-BLOCK = 1 << 16
 # Parameters start at multiples of 64 bytes of the narrowest dtype, so that kernels may load whole cache
 # lines.
 ALIGN = 32
@@ -133,33 +127,26 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float, grad_scales: Mapping[str, float] = MappingProxyType({})) -> None:
         """One update with the gradients of each part times its factor in `grad_scales` (clipping), then one rounding
-        to the parameters.
+        to the parameters. The gradients are zero afterwards.
         """
+        from glmx.ops import adamw
+
         self.updates += 1
-        correction1 = 1.0 - self.beta1**self.updates
-        correction2 = 1.0 - self.beta2**self.updates
         for group in self.groups:
-            keep = 1.0 - lr * self.weight_decay if group.decays else 1.0
-            grad_scale = grad_scales.get(group.part, 1.0)
-            buffers = (group.grad_N, group.exp_avg_N, group.exp_avg_sq_N, group.master_N, group.params_N)
-            scratch, scratch2 = torch.empty_like(group.grad_N[:BLOCK]), torch.empty_like(group.grad_N[:BLOCK])
-            for grad, exp_avg, exp_avg_sq, master, param in zip(
-                *(buffer.split(BLOCK) for buffer in buffers), strict=True
-            ):
-                t, u = scratch[: grad.numel()], scratch2[: grad.numel()]
-                if grad_scale != 1.0:
-                    grad.mul_(grad_scale)
-                torch.mul(grad, 1.0 - self.beta1, out=t)
-                exp_avg.mul_(self.beta1).add_(t)
-                torch.mul(grad, grad, out=t)
-                exp_avg_sq.mul_(self.beta2).add_(t.mul_(1.0 - self.beta2))
-                torch.sqrt(exp_avg_sq, out=t)
-                t.mul_(1.0 / math.sqrt(correction2)).add_(self.eps)
-                torch.div(exp_avg, t, out=u)
-                if keep != 1.0:
-                    master.mul_(keep)
-                master.sub_(u.mul_(lr / correction1))
-                param.copy_(master)
+            adamw(
+                group.params_N,
+                group.master_N,
+                group.exp_avg_N,
+                group.exp_avg_sq_N,
+                group.grad_N,
+                updates=self.updates,
+                lr=lr,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                eps=self.eps,
+                weight_decay=self.weight_decay if group.decays else 0.0,
+                grad_scale=grad_scales.get(group.part, 1.0),
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Views of masters and moments by parameter name, to be saved as they are."""

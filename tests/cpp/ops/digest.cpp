@@ -242,6 +242,23 @@ void sum_squares_case(DType dtype, int64_t n) {
   record("sum_squares", label("n", dtype, n), out);
 }
 
+void adamw_case(DType dtype, int64_t n) {
+  const Bytes param = room(dtype, n);
+  std::vector<Bytes> state;  // master, exp_avg, exp_avg_sq, grad: read and written
+  for (int i = 0; i < 4; ++i) {
+    state.push_back(room(DType::f32, n));
+    std::memcpy(state.back().get(), values(DType::f32, n).get(), static_cast<size_t>(n) * 4);
+  }
+  for (int64_t i = 0; i < n; ++i) state[2].as<float>()[i] = std::fabs(state[2].as<float>()[i]);
+  glmx::adamw({param.get(), state[0].as<float>(), state[1].as<float>(), state[2].as<float>(), state[3].as<float>(), n, 0.5f, 0.9f, 0.1f,
+               0.95f, 0.05f, 0.999f, 1.5f, 1e-8f, 0.01f, dtype});
+  record("adamw", label("param", dtype, n), param);
+  record("adamw", label("master", dtype, n), state[0]);
+  record("adamw", label("exp_avg", dtype, n), state[1]);
+  record("adamw", label("exp_avg_sq", dtype, n), state[2]);
+  record("adamw", label("grad", dtype, n), state[3]);
+}
+
 // Router, plan, experts and their gradients, combine: a MoE layer of E experts, of which the last gets no token.
 void moe_case(DType dtype, int64_t T, int64_t E, int64_t K, int64_t H, int64_t I) {
   const Bytes logits = values(DType::f32, T * E), bias = values(DType::f32, E);
@@ -574,6 +591,7 @@ void run_all() {
     cache_append_case(dtype, 9, 17, 6, 30, 13);
     cache_append_case(dtype, 20, 576, 33, 576, 0);
     for (int64_t n : {1, 17, 4096, 9001}) sum_squares_case(dtype, n);
+    for (int64_t n : {1, 17, 20001}) adamw_case(dtype, n);
     moe_case(dtype, 37, 6, 2, 32, 16);
     moe_case(dtype, 19, 5, 3, 45, 21);
     moe_case(dtype, 1, 4, 1, 129, 9);
