@@ -6,14 +6,18 @@ rounds' ratios is what counts. Ratios survive a machine that changes speed; time
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "build" / "bench" / "results.jsonl"
 PEER_BYTES = 16 << 30  # a peer that needs more is not run
@@ -38,6 +42,59 @@ class Row:
     flagged: list[str] = dataclasses.field(default_factory=list)
     unfit: dict[str, int] = dataclasses.field(default_factory=dict)  # peers that were not run: the bytes they need
     note: str = ""
+
+
+def values(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    """Bell-shaped values: a million of them repeated, since drawing them all takes longer than the benchmark."""
+    n = torch.Size(shape).numel()
+    few = (torch.randn(min(n, 999_983), generator=torch.Generator().manual_seed(n + seed)) * scale).to(dtype)
+    return few.repeat(-(-n // few.numel()))[:n].view(shape)
+
+
+def backward(
+    call: Callable[[], Any], leaves: Sequence[torch.Tensor], *d_outs: torch.Tensor
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A call that makes the leaves' gradients from one forward, again and again; d_outs: of its first outputs."""
+    outs = tensors(call())[: len(d_outs)]
+    return lambda: torch.autograd.grad(outs, leaves, d_outs, retain_graph=True)
+
+
+def tensors(result: Any) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def agree(peer: str, found: Any, expected: Any, bound: float | None = None) -> None:
+    """Integers are equal, floats within `bound` by norms.
+
+    Its default: results in bf16 were rounded at other places, sums in fp32 added up in another order.
+    """
+    for i, (mine, theirs) in enumerate(zip(tensors(found), tensors(expected), strict=True)):
+        assert mine.shape == theirs.shape, f"{peer}, result {i}: {list(theirs.shape)}, glmx has {list(mine.shape)}"
+        if not mine.is_floating_point():
+            assert torch.equal(mine.long(), theirs.long()), f"{peer}, result {i}: other integers than glmx"
+            continue
+        allowed = bound or (2**-7 if torch.bfloat16 in (mine.dtype, theirs.dtype) else 2**-18)
+        error, norm = (mine.float() - theirs.float()).norm(), theirs.float().norm()
+        assert error <= allowed * norm, f"{peer}, result {i}: {error / norm:.2e} away from glmx, allowed {allowed:.2e}"
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """What is freed stays with the process, for ours and peers alike.
+
+    glibc gives large blocks back to the system at once. Then each new result pays page faults for its every 4 KB, which
+    take longer than most ops that are bound by memory, and favour whoever allocates less.
+    """
+    libc, trim, mmap_threshold, mmap_max = ctypes.CDLL(None), -1, -3, -4  # the numbers of malloc.h
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim, -1)
+    try:
+        yield
+    finally:
+        libc.mallopt(mmap_max, 65536)
+        libc.mallopt(mmap_threshold, 32 << 20)  # where glibc's own, which it moves up as blocks are freed, end
+        libc.mallopt(trim, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -67,18 +124,18 @@ def compare(
     rounds: int,
     dtype: str = "bf16",
     warmup_rounds: int = 1,
+    keep_memory: bool = False,
     unfit: dict[str, int] | None = None,
     also: Callable[[float, dict[str, float]], str] | None = None,
 ) -> None:
     """Times `ours` and its peers in alternating rounds and records the row, with ceilings measured after them.
 
     flop and touched (bytes): what a call must do. Whichever takes longer at its ceiling is what it runs against.
-    op, dtype: which kernel serves it. unfit: peers that were not run, with their bytes. also(seconds, ceilings): more
-    words for the row's name.
+    op, dtype: which kernel serves it. keep_memory: see kept_memory. unfit: peers that were not run, with their bytes.
+    also(seconds, ceilings): more words for the row's name.
     """
     import pytest
     import roofline
-    import torch
 
     from glmx import _native, runtime
 
@@ -88,19 +145,22 @@ def compare(
         for peer, call in peers.items():
             times[peer].append(timed(call))
 
-    benchmark.pedantic(ours, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
+    with kept_memory() if keep_memory else contextlib.nullcontext():
+        benchmark.pedantic(ours, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
     mine = benchmark.stats.stats.data
     seconds, threads = sorted(mine)[len(mine) // 2], torch.get_num_threads()
     row = runtime.kernel_of(op, dtype)
     assert row is not None, f"no kernel for {op} {dtype}"
-    isa = row["kernel"]
-    if isa == "base":
+    if _native.active_isa() == "base":
         pytest.skip("base is the oracle, not a fast path: it has no ceiling of its own")
+    isa = row["kernel"]
     measured = roofline.ceilings(threads)
-    ceiling, bound = roofline.gemm_ceiling(measured, isa)
-    unit, work = "GFLOP/s", flop
-    if touched / measured["read"] > flop / bound:
-        unit, ceiling, bound, work = "GB/s", "read", measured["read"], touched
+    unit, ceiling, bound, work = "GB/s", "read", measured["read"], touched
+    # base serves every CPU where there is no arithmetic for vectors: sorts of integers, copies. Bytes bound them.
+    if isa != "base":
+        name_of_gemm, gemm = roofline.gemm_ceiling(measured, isa)
+        if flop / gemm >= touched / bound:
+            unit, ceiling, bound, work = "GFLOP/s", name_of_gemm, gemm, flop
     rate = work / seconds / 1e9
     row = Row(
         name=name + (also(seconds, measured) if also else ""),
@@ -118,6 +178,43 @@ def compare(
     )
     benchmark.extra_info.update(rate=rate, unit=unit, share=row.share, ceiling=ceiling, **row.ratio)
     record_row(row)
+
+
+def measure(
+    benchmark: Any,
+    record_row: Callable[[Row], None],
+    name: str,
+    op: str,
+    ours: Callable[[], Any],
+    peers: dict[str, Callable[[], Any]],
+    *,
+    touched: float,
+    flop: float = 0,
+    bound: float | None = None,
+    rounds: int | None = None,
+    dtype: str = "bf16",
+) -> None:
+    """compare() with keep_memory, after a check that each peer computes what ours does (agree; bound is for it).
+
+    rounds: by default as many as take ours half a second, 3 to 200.
+    """
+    for peer, call in peers.items():
+        agree(peer, ours(), call(), bound)
+    if benchmark.disabled:
+        return
+    compare(
+        benchmark,
+        record_row,
+        name,
+        op,
+        ours,
+        peers,
+        flop=flop,
+        touched=touched,
+        rounds=rounds or min(200, max(3, int(0.5 / timed(ours)))),
+        dtype=dtype,
+        keep_memory=True,
+    )
 
 
 def key(row: Row) -> tuple[str, str, str, int]:

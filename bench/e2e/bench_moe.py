@@ -18,18 +18,12 @@ from types import SimpleNamespace
 import harness
 import pytest
 import torch
+from harness import values
 from torch.nn import functional as F
 
 from glmx.layers.moe import Experts
 
 SHAPES = {"small": (2048, 1408, 32, 8), "wide": (4096, 1408, 64, 8), "tiny": (64, 48, 8, 2)}
-
-
-def values(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    """Bell-shaped values: a million of them repeated, since drawing them all takes longer than the benchmark."""
-    n = torch.Size(shape).numel()
-    few = (torch.randn(min(n, 999_983), generator=torch.Generator().manual_seed(n)) * scale).bfloat16()
-    return few.repeat(-(-n // few.numel()))[:n].view(shape)
 
 
 @pytest.fixture(scope="module")

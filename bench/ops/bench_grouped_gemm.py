@@ -17,6 +17,7 @@ from collections.abc import Callable
 import harness
 import pytest
 import torch
+from harness import values
 
 import glmx.ops
 
@@ -25,13 +26,6 @@ EXPERTS = 8
 LAYERS = {"air": (4096, 1408, 8), "flash": (2048, 1536, 4)}
 ROUNDS = 7
 Call = Callable[[], torch.Tensor]
-
-
-def values(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Bell-shaped values: a million of them repeated, since drawing them all takes longer than the benchmark."""
-    n = torch.Size(shape).numel()
-    few = (torch.randn(min(n, 999_983), generator=torch.Generator().manual_seed(n)) * scale).to(dtype)
-    return few.repeat(-(-n // few.numel()))[:n].view(shape)
 
 
 def case(hidden: int, width: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,11 +39,7 @@ def measure(
     benchmark, record_row, name: str, variant: str, ours: Call, peer: Call, peer_name: str, flop: int, touched: int
 ) -> None:
     """Checks ours against the peer, times them in alternating rounds, records the row."""
-    expected, found = peer().float(), ours().float()
-    # bf16: both round to bf16 once, in another order; fp32: another order of the sums.
-    assert (expected - found).norm() <= (2**-7 if variant == "bf16" else 2**-18) * expected.norm()
-    del expected, found
-
+    harness.agree(peer_name, ours(), peer())
     if benchmark.disabled:
         return
     harness.compare(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tests.build.tree import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -38,6 +39,18 @@ def test_a_planted_slowdown_is_flagged_and_not_saved(tmp_path):
 @pytest.mark.parametrize("ratio", [1.4, 1.25, 3.0])
 def test_noise_is_not_flagged(ratio):
     assert harness.flag(row(ratio), row(1.4)) == []
+
+
+def test_a_peer_that_computes_something_else_is_not_timed():
+    ids, x = torch.arange(5), harness.values(5, 64)
+    harness.agree("peer", (ids.int(), x.float()), (ids, x))
+    with pytest.raises(AssertionError, match="peer, result 0: other integers"):
+        harness.agree("peer", ids, ids.flip(0))
+    for other in (x * 1.02, x.clone().fill_(float("nan"))):
+        with pytest.raises(AssertionError, match="peer, result 1: .* away from glmx"):
+            harness.agree("peer", (ids, x), (ids, other))
+    with pytest.raises(AssertionError, match=r"result 0: \[5, 32\], glmx has \[5, 64\]"):
+        harness.agree("peer", x, x[:, :32])
 
 
 def test_rows_of_another_machine_or_kernel_are_not_compared():

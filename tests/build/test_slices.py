@@ -14,7 +14,6 @@ BASE_ONLY = {
     "expert_plan": "a counting sort of int32: no arithmetic that a wider vector would speed up",
     "cache_append": "copies: memcpy is the C library's, which picks its own vectors",
 }
-BENCHED = ["grouped_gemm", "attention", "indexer_kl", "indexer_topk", "sample"]  # every op from step 5
 
 
 @pytest.fixture(params=stems())
@@ -31,9 +30,7 @@ def test_files_of_the_slice(stem):
     if stem not in BASE_ONLY:
         wanted += [f"csrc/cpu/avx2/{stem}.cpp", f"csrc/cpu/avx512/{stem}.cpp", f"csrc/cpu/inl/{stem}.inl"]
     wanted += [f"python/glmx/ops/{stem}.py", f"python/glmx/reference/{stem}.py"]
-    wanted += [f"tests/ops/test_{stem}.py", f"docs/ops/{stem}.md"]
-    if stem in BENCHED:
-        wanted.append(f"bench/ops/bench_{stem}.py")
+    wanted += [f"tests/ops/test_{stem}.py", f"docs/ops/{stem}.md", f"bench/ops/bench_{stem}.py"]
     missing = [name for name in wanted if not (ROOT / name).is_file()]
     assert not missing, f"{stem} is in ops.h, but its slice lacks {', '.join(missing)}"
 
