@@ -68,12 +68,14 @@ def compare(
     dtype: str = "bf16",
     warmup_rounds: int = 1,
     unfit: dict[str, int] | None = None,
+    rest: dict[str, float] | None = None,
     also: Callable[[float, dict[str, float]], str] | None = None,
 ) -> None:
     """Times `ours` and its peers in alternating rounds and records the row, with ceilings measured after them.
 
     flop and touched (bytes): what a call must do. Whichever takes longer at its ceiling is what it runs against.
-    op, dtype: which kernel serves it. unfit: peers that were not run, with their bytes. also(seconds, ceilings): more
+    op, dtype: which kernel serves it. unfit: peers that were not run, with their bytes. rest: seconds of
+    pause after a call of a peer whose threads go on turning. also(seconds, ceilings): more
     words for the row's name.
     """
     import pytest
@@ -87,6 +89,7 @@ def compare(
     def setup() -> None:
         for peer, call in peers.items():
             times[peer].append(timed(call))
+            time.sleep((rest or {}).get(peer, 0.0))
 
     benchmark.pedantic(ours, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
     mine = benchmark.stats.stats.data
