@@ -74,9 +74,8 @@ def compare(
     """Times `ours` and its peers in alternating rounds and records the row, with ceilings measured after them.
 
     flop and touched (bytes): what a call must do. Whichever takes longer at its ceiling is what it runs against.
-    op, dtype: which kernel serves it. unfit: peers that were not run, with their bytes. rest: seconds of
-    pause after a call of a peer whose threads go on turning. also(seconds, ceilings): more
-    words for the row's name.
+    op, dtype: which kernel serves it. unfit: peers that were not run, with their bytes. rest: the pause in
+    seconds after a call of a peer whose threads go on turning. also(seconds, ceilings): more words for the row's name.
     """
     import pytest
     import roofline

@@ -4,7 +4,8 @@
 
 "small" of bench/moe_layers.py with its router's product and a shared expert; the gather is part of grouped_gemm. A row
 times the three ops, with the weighted sum over given rows of the experts, in turns with the whole layer, and says their
-share; 5 % at most is the aim. The peer is the same in torch's ops: sigmoid, topk, argsort, bincount, index_add.
+share; 5 % at most is the aim. The peers are the same in torch's ops: sigmoid, topk, argsort, bincount, then index_add
+in fp32, or a gather by token and a product of its rows with the weights.
 """
 
 from __future__ import annotations
@@ -32,18 +33,27 @@ def test_share(benchmark, record_row, tokens: int, rounds: int) -> None:
         weights, ids, _ = glmx.ops.route_topk(logits, bias, K)
         return glmx.ops.moe_combine(rows, weights, glmx.ops.expert_plan(ids, E).inverse)
 
-    def peer() -> torch.Tensor:
+    def routed() -> tuple[torch.Tensor, torch.Tensor]:
         scores = logits.sigmoid()
         ids = (scores + bias).topk(K).indices
         weights = scores.gather(1, ids)
-        weights = weights / weights.sum(-1, keepdim=True)
         flat = ids.flatten()
-        order = flat.argsort(stable=True)
         torch.bincount(flat, minlength=E).cumsum(0)  # the products' offsets
+        return weights / weights.sum(-1, keepdim=True), flat.argsort(stable=True)
+
+    def index_add() -> torch.Tensor:
+        weights, order = routed()
         out = torch.zeros(tokens, H)
         return out.index_add_(0, order // K, rows.float() * weights.flatten()[order, None]).to(rows.dtype)
 
-    moe_layers.check("torch", ours(), peer())
+    def gather() -> torch.Tensor:
+        weights, order = routed()
+        inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(tokens * K))
+        return (weights.to(rows.dtype)[:, None] @ rows[inverse].view(tokens, K, H))[:, 0]
+
+    peers = {"torch index_add": index_add, "torch gather": gather}
+    for name, peer in peers.items():
+        moe_layers.check(name, ours(), peer())
     if benchmark.disabled:
         return
 
@@ -57,7 +67,7 @@ def test_share(benchmark, record_row, tokens: int, rounds: int) -> None:
         f"MoE routing and combine, {shape}, T={tokens}",
         "moe_combine",
         ours,
-        {"torch": peer, "the layer": lambda: layer.moe(x)},
+        {**peers, "the layer": lambda: layer.moe(x)},
         flop=2.0 * tokens * K * H,
         touched=2.0 * tokens * (K + 1) * H,
         rounds=rounds,
