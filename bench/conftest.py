@@ -20,6 +20,7 @@ ROWS: list[harness.Row] = []
 QUICK = (
     "bench_moe.py::test_forward[small-",
     "bench_moe.py::test_backward[256-",
+    "bench_moe_routing.py::test_share[",
     "bench_attention.py::test_decode[4096-",
     "bench_indexer_topk.py::test_prefill[512-4096-",
     "bench_dsa.py::test_core[1-131072-",

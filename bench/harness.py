@@ -126,13 +126,15 @@ def compare(
     warmup_rounds: int = 1,
     keep_memory: bool = False,
     unfit: dict[str, int] | None = None,
+    rest: dict[str, float] | None = None,
     also: Callable[[float, dict[str, float]], str] | None = None,
 ) -> None:
     """Times `ours` and its peers in alternating rounds and records the row, with ceilings measured after them.
 
     flop and touched (bytes): what a call must do. Whichever takes longer at its ceiling is what it runs against.
     op, dtype: which kernel serves it. keep_memory: see kept_memory. unfit: peers that were not run, with their bytes.
-    also(seconds, ceilings): more words for the row's name.
+    rest: the pause in seconds after a call of a peer whose threads go on turning. also(seconds, ceilings): more words
+    for the row's name.
     """
     import pytest
     import roofline
@@ -144,6 +146,7 @@ def compare(
     def setup() -> None:
         for peer, call in peers.items():
             times[peer].append(timed(call))
+            time.sleep((rest or {}).get(peer, 0.0))
 
     with kept_memory() if keep_memory else contextlib.nullcontext():
         benchmark.pedantic(ours, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
