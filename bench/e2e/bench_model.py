@@ -1,6 +1,6 @@
 """Whole models of random weights: decoding, prompts and training steps, beside transformers and llama.cpp.
 
-    pytest bench/e2e/bench_model.py            (OMP_NUM_THREADS sets the threads; the training step takes 7 GB)
+    pytest bench/e2e/bench_model.py            (OMP_NUM_THREADS sets the threads; with 8 GB of memory)
 
 A glm4_moe of 240 M parameters and a glm_moe_dsa of 244 M, bf16. Serving is one sequence, greedy. Ours is the engine,
 with no drafts: a prompt's step, or the steps behind it. transformers has the same weights, its grouped_mm experts and a
