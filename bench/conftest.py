@@ -27,6 +27,9 @@ QUICK = (
     "bench_dsa.py::test_layer[1-4096-",
     "bench_sample.py::test_sample[top-p-16]",
     "bench_decode.py::test_synthetic_large[1-0.5]",
+    "bench_model.py::test_decode[glm4_moe-96-",
+    "bench_model.py::test_prefill[glm4_moe-2048-",
+    "bench_model.py::test_train_step",
 )
 
 

@@ -8,10 +8,9 @@ marked "synthetic" decide by a coin which drafts are right: the draft forwards r
 replaced, by the plain continuation with the given chance, else by another one.
 
 Numbers of drafts take turns, round by round, on the same prompts; the prompts' own forwards are not timed. What a step
-must read is counted in a pass of its own: every weight of the layers that ran, of the experts those to which its rows
-were routed, embeddings and lm_head, the keys and values attended to; the MTP layer's for each draft step. Those bytes
-at the machine's read bandwidth are the bound. "auto, new" begins without any experience in each round; its count, in
-slow steps, may have made other drafts. With one thread time is the processor's, which counts no waiting for a core.
+must read (random_models.Bytes) is counted in a pass of its own, the MTP layer's for each draft step. Those bytes at the
+machine's read bandwidth are the bound. "auto, new" begins without any experience in each round; its count, in slow
+steps, may have made other drafts. With one thread time is the processor's, which counts no waiting for a core.
 """
 
 from __future__ import annotations
@@ -29,26 +28,16 @@ from typing import Any
 import harness
 import pytest
 import torch
+from e2e.random_models import GLM4, TINY, Bytes, random_model
 
 import glmx
 from glmx import _native, runtime
-from glmx.layers.block import DecoderLayer
-from glmx.layers.moe import MoE
-from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
-from glmx.models.plan import cache_row
 from glmx.serve.engine import Engine, Request
 from glmx.serve.sampling import SamplingParams
 from glmx.serve.speculation import speculation
 from glmx.serve.text import TextStream
 
-LARGE = {
-    "model_type": "glm4_moe", "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 4,
-    "first_k_dense_replace": 1, "intermediate_size": 2816, "moe_intermediate_size": 512, "n_routed_experts": 32,
-    "num_experts_per_tok": 4, "n_shared_experts": 1, "num_attention_heads": 16, "num_key_value_heads": 4,
-    "head_dim": 64, "max_position_embeddings": 4096, "num_nextn_predict_layers": 1,
-}  # fmt: skip
-TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
 PROMPT, ANSWER, ROUNDS = 96, 96, 5
 NUMBERS: tuple[int | str, ...] = (0, 1, 2, 3, "auto", "auto, new")
 Prompts = list[list[list[int]]]  # of each round, of each sequence: token ids
@@ -56,53 +45,6 @@ Prompts = list[list[list[int]]]  # of each round, of each sequence: token ids
 
 def now() -> float:
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-class Bytes:
-    """What forwards of a model must read, added up while it is entered."""
-
-    def __init__(self, model: Decoder) -> None:
-        self.model, self.total = model, 0.0
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Bytes:
-        for index, layer in enumerate(self.model.model.layers):
-            self._hooks.append(layer.register_forward_hook(self._of_layer(index, layer)))
-            if isinstance(layer.mlp, MoE):
-                experts = layer.mlp.experts
-                one = sum(p.nbytes for p in experts.parameters()) / experts.gate_up_proj.shape[0]
-                self._hooks.append(layer.mlp.gate.register_forward_hook(self._of_experts(one)))
-        self._hooks.append(self.model.lm_head.register_forward_hook(self._of_head))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _of_layer(self, index: int, layer: DecoderLayer) -> Callable:
-        config, size = self.model.config, self.model.dtype.itemsize
-        weights = sum(p.nbytes for name, p in layer.named_parameters() if ".experts." not in name)
-        row = cache_row(config, index) * size
-        top_k = config.index_topk if config.model_type == "glm_moe_dsa" else None
-        keys = config.index_head_dim * size if top_k and config.has_indexer(index) else 0
-
-        def hook(_module: Any, args: tuple[Any, ...], _out: Any) -> None:
-            self.total += weights
-            for n in args[2].seq_lens:
-                self.total += n * row if top_k is None else n * keys + min(n, top_k) * (row - keys)
-            if index == 0:
-                self.total += args[0].residual_TH.nbytes
-
-        return hook
-
-    def _of_experts(self, one: float) -> Callable:
-        def hook(_module: Any, _args: Any, out: tuple[torch.Tensor, torch.Tensor]) -> None:
-            self.total += one * len(out[1].unique())
-
-        return hook
-
-    def _of_head(self, module: Any, *_: Any) -> None:
-        self.total += module.weight.nbytes
 
 
 @functools.cache  # so that no timed step throws one
@@ -257,8 +199,7 @@ def large() -> Callable[[bool], Decoder]:
 
     def make(small: bool) -> Decoder:
         if small not in made:
-            made[small] = Decoder(ModelConfig.from_dict({**LARGE, **(TINY if small else {})}), torch.bfloat16).eval()
-            made[small].init_weights(0)
+            made[small] = random_model(GLM4, **(TINY if small else {}))
         return made[small]
 
     return make
