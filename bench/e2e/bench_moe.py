@@ -122,7 +122,7 @@ def test_backward(benchmark, record_row, experts, tokens: int, rounds: int) -> N
         shape, tokens = "tiny", min(tokens, 32)
     layer = experts(shape)
     x, weights, ids = moe_layers.routed(layer, tokens)
-    dy, stacks = moe_layers.values(tokens, layer.H), (layer.ours.gate_up_proj, layer.ours.down_proj)
+    dy, stacks = harness.values(tokens, layer.H), (layer.ours.gate_up_proj, layer.ours.down_proj)
 
     def step(forward: moe_layers.Layer) -> tuple[torch.Tensor, ...]:
         given = x.clone().requires_grad_()

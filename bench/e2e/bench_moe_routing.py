@@ -26,7 +26,7 @@ def test_share(benchmark, record_row, tokens: int, rounds: int) -> None:
     E, K, H, gate = layer.E, layer.K, layer.H, layer.moe.gate
     bias = torch.randn(E, generator=torch.Generator().manual_seed(E)) * 2**-6
     gate.e_score_correction_bias.copy_(bias)
-    x, rows = moe_layers.values(tokens, H), moe_layers.values(tokens * K, H)
+    x, rows = harness.values(tokens, H), harness.values(tokens * K, H)
     logits = glmx.ops.linear(x, gate.weight, out_dtype=torch.float32)
 
     def ours() -> torch.Tensor:

@@ -20,6 +20,8 @@ const std::vector<OpInfo>& op_table() {
       head_gemm_info(DType::bf16),
       head_gemm_info(DType::f32),
       moe_combine_info(),
+      moe_mlp_info(DType::bf16),
+      moe_mlp_info(DType::f32),
       attention_info(DType::bf16),
       attention_info(DType::f32),
       indexer_topk_info(DType::bf16),

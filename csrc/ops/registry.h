@@ -8,6 +8,7 @@ OpInfo expert_plan_info();
 OpInfo grouped_gemm_info(DType operands);
 OpInfo head_gemm_info(DType operands);
 OpInfo moe_combine_info();
+OpInfo moe_mlp_info(DType operands);
 OpInfo attention_info(DType operands);
 OpInfo indexer_topk_info(DType operands);
 OpInfo sparse_mla_info(DType operands);

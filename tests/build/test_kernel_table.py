@@ -24,6 +24,8 @@ EXPECTED = {
     "head_gemm bf16": TILES,
     "head_gemm fp32": VECTOR,
     "moe_combine": VECTOR,
+    "moe_mlp bf16": TILES,
+    "moe_mlp fp32": VECTOR,
     "attention bf16": TILES,
     "attention fp32": VECTOR,
     "indexer_topk bf16": TILES,

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmx import ops
 from glmx.layers.dsa import Selection
@@ -366,6 +367,24 @@ def test_layers_share_their_memory():
         steps(pair, pair.both(lambda s: s.allocate()), 3)
         sizes.append(pair.replay.nbytes)
     assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_experts_of_a_layer_are_one_call_of_a_recording(case):
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    model, seen = random_model(tiny_config(**CASES[case]), 12), []
+    pair = Pair(model)
+    slot = pair.both(lambda s: s.allocate())
+    steps(pair, slot, 1)
+    with Names():
+        pair.replay.forward([slot], [[1]])
+    experts = sum(isinstance(layer.mlp, MoE) for layer in model.model.layers[: model.config.num_hidden_layers])
+    assert len(pair.replay._recorded) == 1 and seen.count("glmx::moe_mlp") == experts > 1
+    assert not {"glmx::expert_plan", "glmx::moe_combine"} & set(seen)
 
 
 def test_off_means_off():

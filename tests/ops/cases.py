@@ -36,6 +36,7 @@ STEMS = {
     "grouped_gemm": ("grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad", "linear"),
     "head_gemm": ("head_gemm",),
     "moe_combine": ("moe_combine",),
+    "moe_mlp": ("moe_mlp",),
     "lm_head_logprob": ("lm_head_logprob",),
     "sum_squares": ("sum_squares",),
     "adamw": ("adamw",),
@@ -725,6 +726,62 @@ def grouped_gemm_cases() -> Iterator[Case]:
         lambda: {"x": values(2, 3, 40, dtype=BF16), "w": values(5, 40, seed=1, dtype=BF16), "out_dtype": F32},
         ("x", "w"),
     )
+
+
+def expert_operands(
+    T: int, top_k: int, E: int, H: int, I: int, dtype: torch.dtype, *, holes: bool = False, kind: Callable = values
+) -> dict[str, Any]:
+    """The arguments of moe_mlp, outputs of about unit size when kind is `values`."""
+    return {
+        "x": kind(T, H, seed=T, dtype=dtype),
+        "topk_weights": values(T, top_k, seed=3),
+        "topk_ids": topk_ids(T, top_k, E, seed=T, holes=holes),
+        "gate_up_proj": kind(E, 2 * I, H, seed=1, dtype=dtype) * H**-0.5,
+        "down_proj": kind(E, H, I, seed=2, dtype=dtype) * I**-0.5,
+    }
+
+
+def moe_mlp_cases() -> Iterator[Case]:
+    grads = ("x", "topk_weights", "gate_up_proj", "down_proj")
+    for dtype in DTYPES:
+        for T, K, E, H, I in [
+            (1, 1, 1, 1, 1),
+            (1, 8, 12, 40, 24),  # a decode step: one row an expert
+            (7, 2, 4, 33, 17),
+            (21, 3, 6, 97, 70),
+            (40, 2, 2, 48, 140),  # experts of more rows than a tile has
+            (0, 2, 4, 8, 16),
+        ]:
+            for holes in (False, True):
+
+                def make(
+                    T: int = T,
+                    K: int = K,
+                    E: int = E,
+                    H: int = H,
+                    I: int = I,
+                    dtype: torch.dtype = dtype,
+                    holes: bool = holes,
+                ):
+                    return expert_operands(T, K, E, H, I, dtype, holes=holes)
+
+                yield Case("moe_mlp", f"{tag(dtype)}-{T}x{K}e{E}-{H}x{I}-holes{int(holes)}", make, grads)
+        yield Case(
+            "moe_mlp",
+            f"{tag(dtype)}-all-skipped",
+            lambda dtype=dtype: {
+                **expert_operands(3, 2, 4, 20, 12, dtype),
+                "topk_ids": torch.full((3, 2), -1, dtype=torch.int32),
+            },
+            grads,
+        )
+        for name, kind in (("wild-spread", spread), ("wild", wild)):
+            yield Case(
+                "moe_mlp",
+                f"{tag(dtype)}-{name}",
+                lambda kind=kind, dtype=dtype: expert_operands(9, 3, 5, 40, 24, dtype, holes=True, kind=kind),
+                grads,
+            )
 
 
 def head_gemm_cases() -> Iterator[Case]:

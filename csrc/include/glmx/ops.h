@@ -184,6 +184,26 @@ struct MoeCombineBackwardParams {
 };
 void moe_combine_backward(const MoeCombineBackwardParams& p);
 
+// moe_mlp: the routed experts of a MoE layer in one call. Its bits are those of the ops that it is made of, one after the other:
+//   plan = expert_plan(topk_ids); h = grouped_gemm(x by row_token, gate_up_proj, silu_mul), rounded to dtype;
+//   rows = grouped_gemm(h, down_proj), rounded to dtype; out = moe_combine(rows, topk_weights, inverse).
+// No backward of its own: the workspaces keep no pre-activations. Its revision is raised with theirs.
+inline constexpr int kMoeMlpRevision = 1;
+struct MoeMlpParams {
+  const void* x;              // [T, H] dtype
+  const float* topk_weights;  // [T, K]
+  const int32_t* topk_ids;    // [T, K], each -1 (adds nothing) or 0 <= id < E (else an error)
+  const void* gate_up_proj;   // [E, 2 * I, H] dtype: gate rows, then up rows
+  const void* down_proj;      // [E, H, I] dtype
+  void* out;                  // [T, H] dtype
+  int32_t* plan;              // workspace [E + 1 + 2 * T * K]: expert_offsets, row_token, inverse
+  void* h;                    // workspace [T * K, I] dtype
+  void* rows;                 // workspace [T * K, H] dtype
+  int64_t T, K, E, H, I;      // K >= 1, T * K < 2^31 - 1
+  DType dtype;
+};
+void moe_mlp(const MoeMlpParams& p);
+
 // Attention: what attention and sparse_mla compute for a query row and head over a list of n keys (its own, in order), in model dtype T:
 //   for each block of kBlockKeys keys of the list, in order:
 //     s_j = (GEMM tree over Dk of q . k_j) * scale                                         fp32

@@ -1,6 +1,6 @@
 """The MoE layer: sigmoid router with a selection bias, routed experts, one shared expert (GLM-4.5, 2.1).
 
-Legend: T tokens, H hidden, E experts, K experts per token, I expert width, R = T*K rows sorted by expert.
+Legend: T tokens, H hidden, E experts, K experts per token, I expert width.
 """
 
 from __future__ import annotations
@@ -90,17 +90,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, H, I, dtype=dtype, device=device))
 
     def forward(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
-        plan = ops.expert_plan(ids_TK, self.gate_up_proj.shape[0])
-        h_RI = ops.grouped_gemm(
-            x_TH,
-            self.gate_up_proj,
-            plan.expert_offsets,
-            row_token=plan.row_token,
-            inverse=plan.inverse,
-            silu_mul=True,
-        )
-        rows_RH = ops.grouped_gemm(h_RI, self.down_proj, plan.expert_offsets)
-        return ops.moe_combine(rows_RH, weights_TK, plan.inverse)
+        return ops.moe_mlp(x_TH, weights_TK, ids_TK, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

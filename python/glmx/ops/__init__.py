@@ -18,6 +18,7 @@ from glmx.ops.indexer_topk import indexer_topk
 from glmx.ops.layer_norm import layer_norm
 from glmx.ops.lm_head_logprob import LogProbs, lm_head_logprob
 from glmx.ops.moe_combine import moe_combine
+from glmx.ops.moe_mlp import moe_mlp
 from glmx.ops.mtp_verify import Verified, mtp_verify
 from glmx.ops.rms_norm import rms_norm
 from glmx.ops.rope import rope, rope_cos_sin
@@ -48,6 +49,7 @@ __all__ = [
     "linear",
     "lm_head_logprob",
     "moe_combine",
+    "moe_mlp",
     "mtp_verify",
     "rms_norm",
     "rope",

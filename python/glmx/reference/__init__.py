@@ -22,6 +22,7 @@ from glmx.reference.indexer_topk import indexer_topk
 from glmx.reference.layer_norm import layer_norm
 from glmx.reference.lm_head_logprob import LogProbs, lm_head_logprob
 from glmx.reference.moe_combine import moe_combine
+from glmx.reference.moe_mlp import moe_mlp
 from glmx.reference.mtp_verify import Verified, mtp_verify
 from glmx.reference.rms_norm import rms_norm
 from glmx.reference.rope import rope, rope_cos_sin
@@ -53,6 +54,7 @@ __all__ = [
     "linear",
     "lm_head_logprob",
     "moe_combine",
+    "moe_mlp",
     "mtp_verify",
     "rms_norm",
     "rope",

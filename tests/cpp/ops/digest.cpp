@@ -322,6 +322,14 @@ void moe_case(DType dtype, int64_t T, int64_t E, int64_t K, int64_t H, int64_t I
   record("moe_combine", "out" + name, out);
   record("moe_combine", "d_rows" + name, d_rows);
   record("moe_combine", "d_weights" + name, d_weights);
+
+  const Bytes down = values(dtype, E * H * I), plan = room(DType::i32, E + 1 + 2 * R);
+  glmx::MoeMlpParams m{};
+  m.x = x.get(), m.topk_weights = weights.as<float>(), m.topk_ids = ids.as<int32_t>(), m.gate_up_proj = w.get();
+  m.down_proj = down.get(), m.out = out.get(), m.plan = plan.as<int32_t>(), m.h = h.get(), m.rows = d_rows.get();
+  m.T = T, m.K = K, m.E = E, m.H = H, m.I = I, m.dtype = dtype;
+  glmx::moe_mlp(m);
+  record("moe_mlp", "out" + name, out);
 }
 
 // Views of larger buffers: x is a slice of every head's row, w of every head's rows, y of a wider output.
