@@ -72,7 +72,6 @@ template <class T, class Meanwhile = const Nothing>
 inline void queries_times_keys(const Word<T>* tiles, int64_t from, int64_t rows, const T* keys, int64_t stride, int64_t n, int64_t D,
                                Word<T>* panel, float* out, Meanwhile&& meanwhile = {}) {
   using W = Word<T>;
-  if (rows <= kRows) return tile_times_rows_n(rows, tiles, keys, stride, n, D, out, kBlockKeys, keys + n * stride);
   std::memset(out + from * kBlockKeys, 0, static_cast<size_t>((rows - from) * kBlockKeys) * 4);
   for (int64_t j = 0; j < n; j += kCols) {
     for (int64_t k = 0; k < D; k += kDepth<W>) {
@@ -343,7 +342,8 @@ void attend_block(const ForwardPlan<Unit>& plan, const QueryRows& rows, const Ke
 
 // Kv heads of an item whose rows are fetched side by side: on Zen 5 pieces of 1 KB (fp32, 128 values) arrive up to 10 % faster than those
 // of one head. In longer ones that are no whole rows the CPU's own fetching runs on into another thread's heads: 4 heads lose what 2 gain.
-constexpr int64_t kFetchGroups = 2;
+// Pieces of less than 512 bytes are too short (4 heads of 64 in bf16: 5 to 7 % faster than 2).
+inline int64_t fetch_groups(int64_t row_bytes) { return row_bytes < 256 ? 512 / row_bytes : 2; }
 
 // The rows of `groups` kv heads, of which `rows` and `keys` are the first. Keys::block(first, n, gathered) gives n keys; gathered has room
 // for kBlockKeys rows of Dk if Keys asks for it. If it does, Keys::row(j, v) is where key j lies, or its value; if not, Keys::fetch fetches
@@ -353,15 +353,16 @@ void attend(const QueryRows& rows, const Keys& keys, int64_t groups, const Atten
   const auto plans = plan_in_scratch<ForwardPlans<Unit>>(groups, rows.count, shape, Keys::kGathered);
   for (int64_t g = 0; g < groups; ++g) attend_begin(plans.group(g), rows.group(g), q);
   const int64_t all = rows.seen(rows.count - 1), size = sizeof(T), tiles = (rows.count + kRows - 1) / kRows;
+  const int64_t side_by_side = fetch_groups(shape.Dk * size);
   for (int64_t first = 0; first < all; first += kBlockKeys) {
     const int64_t n = least(kBlockKeys, all - first);
-    for (int64_t g = 0; g < groups; g += kFetchGroups) {
+    for (int64_t g = 0; g < groups; g += side_by_side) {
       // While these kv heads' blocks are multiplied, those of the next kv heads are fetched, or the next ones of the first.
-      const int64_t end = least(g + kFetchGroups, groups), next_g = end == groups ? 0 : end, next = next_g == 0 ? first + n : first;
+      const int64_t end = least(g + side_by_side, groups), next_g = end == groups ? 0 : end, next = next_g == 0 ? first + n : first;
       const int64_t next_n = next < all ? least(kBlockKeys, all - next) : 0, calls = (end - g) * tiles * 2;
       const auto fetch = [&](bool v, int64_t D) {
         if constexpr (Keys::kGathered == 0) {
-          const int64_t row_bytes = least(kFetchGroups, groups - next_g) * D * size;
+          const int64_t row_bytes = least(side_by_side, groups - next_g) * D * size;
           return keys.group(next_g).fetch(v, next, next_n, all, row_bytes, calls * ((D + 31) / 32));
         } else {
           return FetchRows([&keys](int64_t j) { return keys.row(j, false); }, next, v ? next : next + next_n, D * size,
