@@ -17,6 +17,7 @@ void add_norm_row(const AddRmsNormParams& p, int64_t t) {
   V16 squares = zero();
   for (int64_t i = 0; i < p.H; i += 16) {
     const int n = lanes(p.H - i);
+    fetch_ahead(residual + i), fetch_ahead(x + i);
     const V16 a = round_to(add(load_n(residual + i, n), load_n(x + i, n)), x);
     store_n(total + i, a, n);
     squares = fma(a, a, squares);

@@ -25,7 +25,10 @@ void forward_row(const LayerNormParams& p, int64_t t) {
   const T *weight = static_cast<const T*>(p.weight), *bias = static_cast<const T*>(p.bias);
   T* y = static_cast<T*>(p.y) + t * p.H;
   V16 sum = zero(), squares = zero();
-  for (int64_t i = 0; i < p.H; i += 16) sum = add(sum, load_n(x + i, lanes(p.H - i)));
+  for (int64_t i = 0; i < p.H; i += 16) {
+    fetch_ahead(x + i);
+    sum = add(sum, load_n(x + i, lanes(p.H - i)));
+  }
   const float mean = fold_add(sum) / static_cast<float>(p.H);
   const V16 shift = set1(mean);
   for (int64_t i = 0; i < p.H; i += 16) {
@@ -66,6 +69,7 @@ void backward_row(const LayerNormBackwardParams& p, int64_t t, float* d_weight, 
   V16 sum_g = zero(), sum_gn = zero();
   for (int64_t i = 0; i < p.H; i += 16) {
     const int n = lanes(p.H - i);
+    fetch_ahead(x + i), fetch_ahead(dy + i);
     const V16 normed = mul(centred(x + i, shift, n), scale), grad = load_n(dy + i, n);
     const V16 g = mul(grad, load_n(weight + i, n));
     sum_g = add(sum_g, g);

@@ -142,8 +142,13 @@ inline void add_rows(void* context, int64_t block) {
     float* out = p.out + p.row_token[r] * p.H;
     for (int64_t i = 0; i < p.H; i += 16) {
       const int n = lanes(p.H - i);
+      fetch_ahead(out + i);
       V16 sum = load_n(out + i, n);
-      for (int64_t group = 0; group < p.groups; ++group) sum = add(sum, load_n(p.parts + (group * p.rows + r) * p.H + i, n));
+      for (int64_t group = 0; group < p.groups; ++group) {
+        const float* part = p.parts + (group * p.rows + r) * p.H + i;
+        fetch_ahead(part);
+        sum = add(sum, load_n(part, n));
+      }
       store_n(out + i, sum, n);
     }
   }

@@ -28,6 +28,7 @@ void combine_token(const MoeCombineParams& p, int64_t t) {
       if (inverse[k] < 0) continue;
       const T* row = rows + inverse[k] * p.H + i;
       const V16 w = set1(weights == nullptr ? 1.0f : weights[k]);
+      fetch_ahead(row), fetch_ahead(row + 32);
       for (int j = 0; j < kWide; ++j) sum[j] = fma(w, load(row + 16 * j), sum[j]);
     }
     for (int j = 0; j < kWide; ++j) store(out + i + 16 * j, sum[j]);
@@ -70,6 +71,7 @@ void backward_row(const MoeCombineBackwardParams& p, int64_t r) {
   V16 dot = zero();
   for (int64_t i = 0; i < p.H; i += 16) {
     const int n = lanes(p.H - i);
+    fetch_ahead(d_out + i), fetch_ahead(row + i);
     const V16 d = load_n(d_out + i, n);
     dot = fma(d, load_n(row + i, n), dot);
     store_n(d_row + i, mul(w, d), n);

@@ -16,6 +16,7 @@ void forward_row(const RmsNormParams& p, int64_t t) {
   T* y = static_cast<T*>(p.y) + t * p.H;
   V16 sum = zero();
   for (int64_t i = 0; i < p.H; i += 16) {
+    fetch_ahead(x + i);
     const V16 a = load_n(x + i, lanes(p.H - i));
     sum = fma(a, a, sum);
   }
@@ -47,6 +48,7 @@ void backward_row(const RmsNormBackwardParams& p, int64_t t, float* d_weight) {
   V16 sum = zero();
   for (int64_t i = 0; i < p.H; i += 16) {
     const int n = lanes(p.H - i);
+    fetch_ahead(x + i), fetch_ahead(dy + i);
     const V16 normed = mul(load_n(x + i, n), rstd), grad = load_n(dy + i, n);
     sum = fma(mul(grad, load_n(weight + i, n)), normed, sum);
     store_n(d_weight + i, fma(grad, round_to(normed, x), load_n(d_weight + i, n)), n);

@@ -118,6 +118,7 @@ void rotate_halves(const RopeParams& p, int64_t t) {
     for (int64_t head = 0; head < p.A; ++head) {
       const T* xa = x + head * p.D + i;
       T* ya = y + head * p.D + i;
+      fetch_ahead(xa + i);
       const V16 a = load_n(xa, n), b = load_n(xa + p.half, n);
       store_n(ya, sub(round_to(mul(a, c), x), round_to(mul(b, s), x)), n);
       store_n(ya + p.half, add(round_to(mul(b, c), x), round_to(mul(a, s), x)), n);
@@ -140,6 +141,7 @@ void rotate_neighbours(const RopeParams& p, int64_t t) {
     }
     const V16 c = round_to(load(cos2), x), s = round_to(load(sin2), x);
     for (int64_t head = 0; head < p.A; ++head) {
+      fetch_ahead(x + head * p.D + i);
       const V16 a = load_n(x + head * p.D + i, n);
       store_n(y + head * p.D + i, add(round_to(mul(a, c), x), round_to(mul(swap_neighbours(a), s), x)), n);
     }

@@ -21,6 +21,7 @@ void silu_mul_block(void* context, int64_t block) {
     T* y = static_cast<T*>(p.y) + t * p.I;
     for (int64_t i = 0; i < p.I; i += 16) {
       const int n = lanes(p.I - i);
+      fetch_ahead(gate + i), fetch_ahead(gate + p.I + i);
       store_n(y + i, silu_mul16(load_n(gate + i, n), load_n(gate + p.I + i, n)), n);
     }
   }
@@ -44,6 +45,7 @@ void silu_mul_backward_block(void* context, int64_t block) {
     T* dx = static_cast<T*>(p.dx) + t * 2 * p.I;
     for (int64_t i = 0; i < p.I; i += 16) {
       const int n = lanes(p.I - i);
+      fetch_ahead(x + i), fetch_ahead(x + p.I + i), fetch_ahead(dy + i);
       const V16 gate = load_n(x + i, n), up = load_n(x + p.I + i, n), grad = load_n(dy + i, n);
       const V16 s = sigmoid16(gate);
       const V16 slope = mul(s, fma(gate, sub(one, s), one));
