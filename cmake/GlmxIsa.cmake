@@ -17,7 +17,7 @@ function(glmx_isa_objects isa out)
   target_include_directories(glmx_cpu_${isa} PRIVATE ${PROJECT_SOURCE_DIR}/csrc ${PROJECT_SOURCE_DIR}/csrc/include)
   glmx_compile_options(glmx_cpu_${isa})
   # The compiler's own vectoriser is off: vector code is written out, and base stays the readable oracle.
-  target_compile_options(glmx_cpu_${isa} PRIVATE ${GLMX_ISA_FLAGS_${isa}} -fno-tree-vectorize -fno-exceptions
+  target_compile_options(glmx_cpu_${isa} PRIVATE ${GLMX_ISA_FLAGS_${isa}} -fno-tree-vectorize -falign-functions=64 -falign-loops=64 -fno-exceptions
     -Wno-uninitialized -Wno-maybe-uninitialized)  # false alarms inside gcc 12's own intrinsics
   set_target_properties(glmx_cpu_${isa} PROPERTIES CXX_VISIBILITY_PRESET hidden)
   set(${out} $<TARGET_OBJECTS:glmx_cpu_${isa}> PARENT_SCOPE)

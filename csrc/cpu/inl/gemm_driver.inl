@@ -4,8 +4,10 @@
 #pragma once
 #include "cpu/inl/gemm_tile.inl"
 
-constexpr int64_t kBlockRows = 288;         // results of kBlockRows x kBlockCols (288 KB) and the packed rows (144 KB) stay in a 1 MB L2
-constexpr int64_t kBlockCols = 256;         // packing a row block is shared by 256 columns, packing a panel by up to 288 rows
+constexpr int64_t kBlockRows = 288;  // results of kBlockRows x kBlockCols (288 KB) and the packed rows (144 KB) stay in a 1 MB L2
+constexpr int64_t kBlockCols = 256;  // packing a row block is shared by 256 columns, packing a panel by up to 288 rows
+// Blocks of many rows and much depth are wider where L2 has 1 MB at least, as with AVX-512: rows are packed half as often.
+constexpr int64_t kWideCols = kCols == 32 ? 512 : kBlockCols, kManyRows = 128, kMuchDepth = 128;
 constexpr int64_t kDirectRows = 2 * kRows;  // of a forward whose weights are not packed
 constexpr int64_t kFewRows = 32;            // up to so many rows, an item has 64 columns: more items for the threads of a decode step
 // But an item of so few that its weights are not packed takes 64 to kTileCols columns, as many as leave each thread kItemsPerThread items:
@@ -34,7 +36,11 @@ inline Cut cut(const Call<Op>& call, int64_t e) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   c.block_rows = round_up((rows + blocks - 1) / blocks, kRows);
   c.row_blocks = (rows + c.block_rows - 1) / c.block_rows;
-  c.block_cols = (!Op::kPanelRows || rows > kFewRows ? kBlockCols : rows > kDirectRows ? 64 : call.tile_cols) / op.halves();
+  const int64_t cols = rows > kManyRows && op.depth(e) > kMuchDepth ? kWideCols
+                       : !Op::kPanelRows || rows > kFewRows         ? kBlockCols
+                       : rows > kDirectRows                         ? 64
+                                                                    : call.tile_cols;
+  c.block_cols = cols / op.halves();
   c.col_blocks = (op.width() + c.block_cols - 1) / c.block_cols;
   return c;
 }
