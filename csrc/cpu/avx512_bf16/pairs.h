@@ -18,6 +18,8 @@ struct WordOf<uint16_t> {
 };
 template <>
 constexpr int kPerWord<Pair> = 2;
+template <>
+constexpr int64_t kDirectTiles<Pair> = 8;
 
 inline P16 load(const Pair* p) { return {_mm512_loadu_si512(p)}; }
 inline P16 set1(Pair a) { return {_mm512_set1_epi32(static_cast<int>(a.halves))}; }
@@ -84,22 +86,67 @@ inline void pack_panel_columns(Row row, int64_t n, int64_t depth, Pair* out) {
   }
 }
 
-inline void transpose_16x32(const uint16_t* p, int64_t stride, Pair* out, int64_t out_stride) {
-  __m512i r[16];
+// Sixteen rows of 32 elements of w, transposed: word k of each in r[k].
+[[gnu::always_inline]] inline void load_block(const uint16_t* p, int64_t stride, __m512i (&r)[16]) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = pair_row(_mm512_loadu_si512(p + i * stride));
   transpose_16x16(r);
+}
+
+inline void transpose_16x32(const uint16_t* p, int64_t stride, Pair* out, int64_t out_stride) {
+  __m512i r[16];
+  load_block(p, stride, r);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * out_stride, r[i]);
+}
+
+// One block of the GEMM tree: sums[i * 16 ..] += row i's words, at a[i * 16 ..], of the block's columns.
+template <int rows>
+[[gnu::always_inline]] inline void rows_times_block(const Pair* a, const __m512i (&r)[16], float* sums) {
+  V16 chain[2][rows];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) chain[0][i] = chain[1][i] = zero();
+#pragma GCC unroll 16
+  for (int w = 0; w < 16; ++w) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) chain[w % 2][i] = fma(set1(a[i * 16 + w]), P16{r[w]}, chain[w % 2][i]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) store(sums + 16 * i, add(load(sums + 16 * i), add(chain[0][i], chain[1][i])));
+}
+
+// As tile_times_rows, for any number of tiles, `tile_words` apart: a block of w is transposed once for all of them.
+inline void tiles_times_rows(int64_t rows, const Pair* tiles, int64_t tile_words, const uint16_t* w, int64_t stride, int64_t cols,
+                             int64_t depth, float* c, int64_t ldc, const uint16_t* next) {
+  alignas(64) float sums[kDirectTiles<Pair> * kRows * 16];
+  for (int64_t j = 0; j < cols; j += 16) {
+    std::memset(sums, 0, static_cast<size_t>(rows) * 64);
+    FetchLines<4, 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? w + (j + 16) * stride : next)};
+    for (int64_t k = 0; k < depth; k += 32) {
+      const uint16_t* block = w + j * stride + k;
+      if (fetch.at != nullptr) fetch(16);
+      __m512i r[16];
+      if (j + 16 <= cols && k + 32 <= depth) {
+        load_block(block, stride, r);
+      } else {
+        alignas(64) uint16_t padded[16 * 32];
+        pad_block(block, stride, cols - j, depth - k, padded);
+        load_block(padded, 32, r);
+      }
+      const Pair* a = tiles + k / 2 * kRows;
+      int64_t i = 0;
+      for (; i + kRows <= rows; i += kRows, a += tile_words) rows_times_block<kRows>(a, r, sums + 16 * i);
+      for (; i < rows; ++i, a += 16) rows_times_block<1>(a, r, sums + 16 * i);
+    }
+    for (int64_t i = 0; i < rows; ++i) store(c + i * ldc + j, load(sums + 16 * i));
+  }
 }
 
 // One block of the GEMM tree, as dot_16x32 of avx512/transpose.h: a[i * 16 + w] is word w of row i.
 template <int rows>
 inline void dot_16x32(const uint16_t* p, int64_t stride, const Pair* a, V16* c) {
   __m512i r[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = pair_row(_mm512_loadu_si512(p + i * stride));
-  transpose_16x16(r);
+  load_block(p, stride, r);
   V16 chain[2][rows];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) chain[0][i] = chain[1][i] = zero();

@@ -8,8 +8,9 @@ constexpr int64_t kBlockRows = 288;  // results of kBlockRows x kBlockCols (288 
 constexpr int64_t kBlockCols = 256;  // packing a row block is shared by 256 columns, packing a panel by up to 288 rows
 // Blocks of many rows and much depth are wider where L2 has 1 MB at least, as with AVX-512: rows are packed half as often.
 constexpr int64_t kWideCols = kCols == 32 ? 512 : kBlockCols, kManyRows = 128, kMuchDepth = 128;
-constexpr int64_t kDirectRows = 2 * kRows;  // of a forward whose weights are not packed
-constexpr int64_t kFewRows = 32;            // up to so many rows, an item has 64 columns: more items for the threads of a decode step
+template <class W>
+constexpr int64_t kDirectRows = kDirectTiles<W> * kRows;  // of a forward whose weights are not packed
+constexpr int64_t kFewRows = 32;  // up to so many rows, an item has 64 columns: more items for the threads of a decode step
 // But an item of so few that its weights are not packed takes 64 to kTileCols columns, as many as leave each thread kItemsPerThread items:
 // the first 16 come unfetched where another thread had the item before. 512 columns read 3 to 8 % faster than 64 (Zen 5, one thread).
 constexpr int64_t kTileCols = 512, kItemsPerThread = 8;
@@ -38,7 +39,7 @@ inline Cut cut(const Call<Op>& call, int64_t e) {
   c.row_blocks = (rows + c.block_rows - 1) / c.block_rows;
   const int64_t cols = rows > kManyRows && op.depth(e) > kMuchDepth ? kWideCols
                        : !Op::kPanelRows || rows > kFewRows         ? kBlockCols
-                       : rows > kDirectRows                         ? 64
+                       : rows > kDirectRows<typename Op::W>         ? 64
                                                                     : call.tile_cols;
   c.block_cols = cols / op.halves();
   c.col_blocks = (op.width() + c.block_cols - 1) / c.block_cols;
@@ -52,11 +53,17 @@ void run_few(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, 
   using W = typename Op::W;
   const int64_t halves = op.halves(), width = round_up(cols, 16), ldc = halves * width, depth = op.depth(e);
   const int64_t words = round_up(depth, 32) / kPerWord<W>, step = rows <= kRows ? cols : 16;
-  float* c = static_cast<float*>(thread_scratch(Scratch::item, kDirectRows * (ldc + words) * 4));
-  W* tiles = reinterpret_cast<W*>(c + kDirectRows * ldc);
+  float* c = static_cast<float*>(thread_scratch(Scratch::item, kDirectRows<W> * (ldc + words) * 4));
+  W* tiles = reinterpret_cast<W*>(c + kDirectRows<W> * ldc);
   for (int64_t i = 0; i < rows; i += kRows) op.pack_rows(e, row0 + i, least(kRows, rows - i), 0, depth, tiles + i * words);
   for (int64_t half = 0; half < halves; ++half) {
     const T *w = op.weights(e, half, col0), *after = half + 1 < halves ? op.weights(e, half + 1, col0) : next;
+    if constexpr (kDirectTiles<W> > 2) {
+      if (rows > kRows) {
+        tiles_times_rows(rows, tiles, kRows * words, w, op.stride(), cols, depth, c + half * width, ldc, after);
+        continue;
+      }
+    }
     for (int64_t j = 0; j < cols; j += step) {
       for (int64_t i = 0; i < rows; i += kRows) {
         tile_times_rows_n(least(kRows, rows - i), tiles + i * words, w + j * op.stride(), op.stride(), least(step, cols - j), depth,
@@ -105,7 +112,8 @@ struct FetchAhead {
   template <class T>
   FetchAhead(const T* first, int64_t elements_apart, int64_t row_elements, int64_t count, int64_t calls)
       : row(reinterpret_cast<const char*>(first)), stride(elements_apart * sizeof(T)), row_bytes(row_elements * sizeof(T)), rows(count) {
-    const int64_t row_lines = (row_bytes + 63) / 64, each = rows * row_lines / calls + 1;
+    const int64_t row_lines = (row_bytes + 63) / 64, lines = rows * row_lines / calls + 1;
+    const int64_t each = lines == 1 ? 1 : round_up(lines, 2);  // every second line asks for a page
     each_lines = static_cast<int>(least(each, row_lines));
     each_rows = static_cast<int>((each - 1) / row_lines) + 1;
   }
@@ -181,7 +189,7 @@ void run_item(void* context, int64_t item) {
     const Place& follows = then.e < op.experts() ? then : now;
     const auto* next = op.weights(follows.e, 0, follows.col);
     if constexpr (Op::kPanelRows) {
-      if (now.rows <= kDirectRows) return run_few(op, now.e, now.row, now.rows, now.col, now.cols, next);
+      if (now.rows <= kDirectRows<typename Op::W>) return run_few(op, now.e, now.row, now.rows, now.col, now.cols, next);
     }
     run_block(op, now.e, now.row, now.rows, now.col, now.cols, next);
   } else {
@@ -195,7 +203,7 @@ void run(const Op& op) {
   for (int64_t e = 0; e < op.experts(); ++e) {
     const int64_t tiles = (op.rows(e) + kRows - 1) / kRows, cols = op.width() * op.halves();
     weights += tiles * cols * op.depth(e);
-    if (op.rows(e) <= kDirectRows) tile_cols += cols;
+    if (op.rows(e) <= kDirectRows<typename Op::W>) tile_cols += cols;
   }
   const int64_t threads = weights / 8 < kSmallWorkNs ? 1 : parallel_threads();
   tile_cols = tile_cols / (kItemsPerThread * threads) / 64 * 64;

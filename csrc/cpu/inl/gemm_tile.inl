@@ -11,6 +11,10 @@ constexpr int kCols = 16 * kVecs;
 template <class W>
 constexpr int64_t kDepth = 128 * kPerWord<W>;  // a panel of kDepth x kCols (16 KB at 32 columns) stays in a 32 KB L1
 
+// So many tiles of rows meet weights that are not packed; more than two if the ISA has a tiles_times_rows.
+template <class W>
+constexpr int64_t kDirectTiles = 2;
+
 // Where a tile's words are: row i, word k of a block of 32 elements at i * row + k * depth; the next block is `block` further on.
 template <class W>
 struct PackedRows {  // [depth / 32][kRows][kBlockWords], from pack_tile

@@ -7,8 +7,8 @@
 //            the depth alone, so X1 and X2 hold; the operations are those of V16, so X5 holds
 // Algorithm  work item = block of rows x block of columns of one expert, with its own fp32 results (kBlockRows x kBlockCols, in L2).
 //            For each chunk of depth: pack the rows, then for each panel: pack it (to L1), run every tile against it. The three ops
-//            differ in how they pack and where they store. A forward block of one tile packs no weights: they are transposed in
-//            registers on their way to the FMAs, each read once, in order
+//            differ in how they pack and where they store. A forward block of a few tiles packs no weights: they are transposed in
+//            registers on their way to the FMAs, in order (of pairs, once for all of up to 32 rows; else once for each of two tiles)
 // Work/bytes 2*R*N*K flop; w once per block of rows: bound by memory below ~4 rows per expert, by the FMA units above
 // Measured   Zen 4, 1 thread, CPU time on a shared machine, share of the tree fed from L1 (bench/roofline.py: 113 GFLOP/s, avx2 114),
 //            bf16: 512 x 2048 -> 1408 90 GFLOP/s forward (79 %), 93 dgrad, 85 wgrad; 8 experts of 32 rows 68 (60 %); avx2 96 (84 %);
