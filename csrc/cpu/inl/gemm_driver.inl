@@ -14,13 +14,16 @@ constexpr int64_t kFewRows = 32;  // up to so many rows, an item has 64 columns:
 // But an item of so few that its weights are not packed takes 64 to kTileCols columns, as many as leave each thread kItemsPerThread items:
 // the first 16 come unfetched where another thread had the item before. 512 columns read 3 to 8 % faster than 64 (Zen 5, one thread).
 constexpr int64_t kTileCols = 512, kItemsPerThread = 8;
+constexpr int64_t kCacheBytes = 32 << 20;        // what an L3 may hold
 constexpr int64_t kPackedRows = 288 * 1024 / 4;  // words of packed rows per chunk, when few rows allow a chunk longer than kDepth
 
-// One call: the op, how many threads work on it, and the columns of an item of up to kDirectRows rows.
+// One call: the op, how many threads work on it, the columns of an item of up to kDirectRows rows, and whether the weights are too many
+// for an L3 to hold.
 template <class Op>
 struct Call {
   const Op& op;
   int64_t threads, tile_cols;
+  bool cold;
 };
 
 // How one expert's results are cut into work items. Row blocks are evened out, so that 300 rows are not 288 and 12.
@@ -49,7 +52,7 @@ inline Cut cut(const Call<Op>& call, int64_t e) {
 // A block of one or two tiles of rows: the weights go from where they lie straight into the sums, the second tile's from the cache.
 // `next`: the weights that follow.
 template <class Op, class T>
-void run_few(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const T* next) {
+void run_few(const Op& op, bool cold, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const T* next) {
   using W = typename Op::W;
   const int64_t halves = op.halves(), width = round_up(cols, 16), ldc = halves * width, depth = op.depth(e);
   const int64_t words = round_up(depth, 32) / kPerWord<W>, step = rows <= kRows ? cols : 16;
@@ -66,7 +69,7 @@ void run_few(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0, 
     }
     for (int64_t j = 0; j < cols; j += step) {
       for (int64_t i = 0; i < rows; i += kRows) {
-        tile_times_rows_n(least(kRows, rows - i), tiles + i * words, w + j * op.stride(), op.stride(), least(step, cols - j), depth,
+        tile_times_rows_n(least(kRows, rows - i), cold, tiles + i * words, w + j * op.stride(), op.stride(), least(step, cols - j), depth,
                           c + i * ldc + half * width + j, ldc,
                           i > 0             ? nullptr
                           : j + step < cols ? w + (j + step) * op.stride()
@@ -189,7 +192,7 @@ void run_item(void* context, int64_t item) {
     const Place& follows = then.e < op.experts() ? then : now;
     const auto* next = op.weights(follows.e, 0, follows.col);
     if constexpr (Op::kPanelRows) {
-      if (now.rows <= kDirectRows<typename Op::W>) return run_few(op, now.e, now.row, now.rows, now.col, now.cols, next);
+      if (now.rows <= kDirectRows<typename Op::W>) return run_few(op, call.cold, now.e, now.row, now.rows, now.col, now.cols, next);
     }
     run_block(op, now.e, now.row, now.rows, now.col, now.cols, next);
   } else {
@@ -207,7 +210,11 @@ void run(const Op& op) {
   }
   const int64_t threads = weights / 8 < kSmallWorkNs ? 1 : parallel_threads();
   tile_cols = tile_cols / (kItemsPerThread * threads) / 64 * 64;
-  Call<Op> call{op, threads, tile_cols < 64 ? 64 : least(tile_cols, kTileCols)};
+  Call<Op> call{op, threads, tile_cols < 64 ? 64 : least(tile_cols, kTileCols), false};
+  if constexpr (Op::kPanelRows) {
+    const int64_t row_bytes = op.depth(0) * static_cast<int64_t>(sizeof(*op.weights(0, 0, 0)));
+    call.cold = op.experts() * op.halves() * op.width() * row_bytes > kCacheBytes;
+  }
   int64_t items = 1;
   for (int64_t e = 0; e < op.experts(); ++e) {
     const Cut c = cut(call, e);

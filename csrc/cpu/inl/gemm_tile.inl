@@ -192,14 +192,14 @@ struct FetchLines {
 // Meanwhile the next 16 rows are fetched, as they lie in memory: sixteen rows abreast are more streams than a core's prefetchers
 // follow. After the last rows come those at `next`, if any; a fetch of what is not there reads nothing. Paces are measured (Zen 5, 4.2
 // GHz): one row from memory reads at 33 to 36 GB/s with 4, 35 to 38 with 5, 36 to 38 with 6, from L3 at 55, 48 and 41. More rows: 4.
-template <int rows, class T>
+template <int rows, int pace, class T>
 inline void tile_times_rows(const Word<T>* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c, int64_t ldc,
                             const T* next) {
   for (int64_t j = 0; j < cols; j += 16) {
     V16 sum[rows];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) sum[i] = zero();
-    FetchLines<rows == 1 ? 5 : 4, rows == 1 ? 4 : 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? w + (j + 16) * stride : next)};
+    FetchLines<pace, rows == 1 ? 4 : 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? w + (j + 16) * stride : next)};
     for (int64_t k = 0; k < depth; k += 32) {
       const T* block = w + j * stride + k;
       if (fetch.at != nullptr) fetch(8 * static_cast<int>(sizeof(T)));
@@ -215,11 +215,16 @@ inline void tile_times_rows(const Word<T>* tile, const T* w, int64_t stride, int
   }
 }
 
+// cold: w lies in memory, not in L3.
 template <class T, int rows = kRows>
-inline void tile_times_rows_n(int64_t n, const Word<T>* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c,
+inline void tile_times_rows_n(int64_t n, bool cold, const Word<T>* tile, const T* w, int64_t stride, int64_t cols, int64_t depth, float* c,
                               int64_t ldc, const T* next) {
   if constexpr (rows > 1) {
-    if (n < rows) return tile_times_rows_n<T, rows - 1>(n, tile, w, stride, cols, depth, c, ldc, next);
+    if (n < rows) return tile_times_rows_n<T, rows - 1>(n, cold, tile, w, stride, cols, depth, c, ldc, next);
+    tile_times_rows<rows, 4>(tile, w, stride, cols, depth, c, ldc, next);
+  } else if (cold) {
+    tile_times_rows<1, 6>(tile, w, stride, cols, depth, c, ldc, next);
+  } else {
+    tile_times_rows<1, 5>(tile, w, stride, cols, depth, c, ldc, next);
   }
-  tile_times_rows<rows>(tile, w, stride, cols, depth, c, ldc, next);
 }
