@@ -98,5 +98,8 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     if ROWS:
         harness.save(ROWS)
         terminalreporter.write_line("\n" + harness.table(ROWS))
-        if config.getoption("--write"):
-            config.getoption("--write").write_text(harness.document(ROWS))
+        out = config.getoption("--write")
+        if out:
+            words = [word for word in config.invocation_params.args if word not in ("--write", str(out), "-q")]
+            before = out.read_text() if out.exists() else ""
+            out.write_text(harness.document(ROWS, " ".join(["pytest", *words]), before))

@@ -276,8 +276,8 @@ def table(rows: list[Row]) -> str:
 
 ABOUT = """# Performance
 
-Written by `make bench ARGS="--write docs/performance.md"`, a selection of about five minutes; `pytest bench` runs
-everything.
+Each table is written by the command above it, with `--write docs/performance.md`. `make bench` runs a selection in some
+minutes, `pytest bench` everything.
 
 A row compares one call of glmx with its peers, round by round in turns; a ratio is the median over the rounds of a
 peer's time divided by glmx's: above 1, glmx is faster. "Share": of the ceiling that the row runs against, measured in
@@ -287,9 +287,16 @@ are of one machine in one minute: ratios and shares are what to compare.
 """
 
 
-def document(rows: list[Row]) -> str:
-    """The rows as a Markdown document."""
-    lines = [ABOUT, f"Machine: {rows[0].machine}.", ""]
+def document(rows: list[Row], command: str, before: str = "") -> str:
+    """The rows as a section of a Markdown document, in the place of the command's section if `before` has one."""
+    title = f"## `{command}`\n"
+    sections = {part.partition("\n")[0]: "## " + part for part in before.split("\n## ")[1:]}
+    sections[title[3:-1]] = title + "\n" + section(rows)
+    return ABOUT + "".join("\n" + text.rstrip("\n") + "\n" for text in sections.values())
+
+
+def section(rows: list[Row]) -> str:
+    lines = [f"Machine: {rows[0].machine}.", ""]
     lines += ["| row | kernel | threads | rounds | ms | rate | share | against |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         ratios = [f"{peer} {ratio:.2f}x" for peer, ratio in row.ratio.items()]

@@ -58,10 +58,18 @@ def test_rows_of_another_machine_or_kernel_are_not_compared():
 
 
 def test_the_document_has_a_line_for_each_row():
-    text = harness.document([row(1.4), row(0.9, name="attention", unfit={"other": 5}, note="said")])
+    text = harness.document([row(1.4), row(0.9, name="attention", unfit={"other": 5}, note="said")], "pytest bench")
     numbers = "avx2 | 2 | 3 | 100 | 50.0 GFLOP/s | 50 % of tree_avx2"
     assert f"| gemm | {numbers} | peer 1.40x |" in text
     assert f"| attention | {numbers} | peer 0.90x, other does not fit: 5 bytes, said |" in text
+
+
+def test_a_command_replaces_its_own_table_alone():
+    first = harness.document([row(1.4)], "pytest bench")
+    both = harness.document([row(1.2, name="attention")], "pytest bench -k attention", first)
+    assert both.startswith(first.rstrip()) and both.count("## ") == 2 and "| attention |" in both
+    again = harness.document([row(1.6)], "pytest bench", both)
+    assert again == both.replace("peer 1.40x", "peer 1.60x")
 
 
 def test_the_quick_selection_names_benchmarks_that_exist():
