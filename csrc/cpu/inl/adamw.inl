@@ -11,9 +11,6 @@
 #include "cpu/inl/rows.inl"
 
 constexpr int64_t kAdamwItem = 16384;
-constexpr int64_t kAhead = 512;  // elements: so early is each of the four streams fetched
-
-inline void fetch(const float* at) { __builtin_prefetch(at); }
 
 template <class T>
 void adamw_item(void* context, int64_t item) {
@@ -24,7 +21,7 @@ void adamw_item(void* context, int64_t item) {
   const int64_t end = min_i64(p.n, (item + 1) * kAdamwItem);
   for (int64_t i = item * kAdamwItem; i < end; i += 16) {
     const int n = lanes(end - i);
-    fetch(p.grad + i + kAhead), fetch(p.exp_avg + i + kAhead), fetch(p.exp_avg_sq + i + kAhead), fetch(p.master + i + kAhead);
+    fetch_ahead(p.grad + i), fetch_ahead(p.exp_avg + i), fetch_ahead(p.exp_avg_sq + i), fetch_ahead(p.master + i);
     const V16 g = mul(load_n(p.grad + i, n), grad_scale);
     const V16 m = add(mul(load_n(p.exp_avg + i, n), beta1), mul(g, rest1));
     const V16 v = add(mul(load_n(p.exp_avg_sq + i, n), beta2), mul(mul(g, g), rest2));
