@@ -1392,6 +1392,14 @@ def cases(op: str, *, wild: bool = True) -> list[Case]:
 # ---------------------------------------------------------------------------------------------
 
 
+def results(op: Callable[..., Any], kwargs: dict[str, Any], **extra: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a call; of an op that returns nothing those that it was given, since it has written them."""
+    result = op(**kwargs, **extra)
+    if result is None:
+        return {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    return named_tensors(result)
+
+
 def named_tensors(result: Any) -> dict[str, torch.Tensor]:
     """The tensors of an op's result: a tensor, a tuple or a NamedTuple."""
     if isinstance(result, torch.Tensor):
@@ -1417,10 +1425,7 @@ def with_grad(kwargs: dict[str, Any], grads: tuple[str, ...], dtype: torch.dtype
 def evaluate(ops: ModuleType | Any, case: Case, *, gradients: bool = True, **extra: Any) -> dict[str, torch.Tensor]:
     """Outputs and gradients ("d_<argument>") of one case under `ops`, glmx.ops or glmx.reference."""
     kwargs = with_grad(case.make(), case.grads if gradients else ())
-    result = getattr(ops, case.op)(**kwargs, **extra)
-    # What returns nothing has written its arguments.
-    written = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-    tensors = written if result is None else named_tensors(result)
+    tensors = results(getattr(ops, case.op), kwargs, **extra)
     out = {name: tensor.detach() for name, tensor in tensors.items()}
     if gradients and case.grads:
         live = {n: t for n, t in tensors.items() if t.requires_grad}

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmx import _native, ops
-from tests.ops.cases import STEMS, Case, canonical, cases, evaluate, named_tensors, same_bits, with_grad
+from tests.ops.cases import STEMS, Case, canonical, cases, evaluate, results, same_bits, with_grad
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LANDED = [name for names in STEMS.values() for name in names if name in ops.__all__]
@@ -57,7 +57,7 @@ def test_x1_same_bits_for_any_thread_count_and_any_run(case: Case, restore_threa
 def test_x4_the_same_bits_where_gradients_are_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(case: Case) -> dict[str, torch.Tensor]:
         kwargs = with_grad(case.make(), case.grads)
-        return {key: out.detach() for key, out in named_tensors(getattr(ops, name)(**kwargs)).items()}
+        return {key: out.detach() for key, out in results(getattr(ops, name), kwargs).items()}
 
     def autograd(*_args: Any) -> None:
         raise AssertionError("autograd's bookkeeping, with nothing to differentiate")
@@ -134,7 +134,7 @@ def test_opcheck(name: str) -> None:
 def test_shapes_and_dtypes_under_fake_tensors(name: str) -> None:
     for case in cases(name, wild=False)[:4]:
         kwargs = case.make()
-        want = named_tensors(getattr(ops, name)(**kwargs))
+        want = results(getattr(ops, name), kwargs)
         with FakeTensorMode(allow_non_fake_inputs=False) as mode:
 
             def fake(v: Any, mode: FakeTensorMode = mode) -> Any:
@@ -142,6 +142,6 @@ def test_shapes_and_dtypes_under_fake_tensors(name: str) -> None:
                     return [fake(u) for u in v]
                 return mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
 
-            got = named_tensors(getattr(ops, name)(**{k: fake(v) for k, v in kwargs.items()}))
+            got = results(getattr(ops, name), {k: fake(v) for k, v in kwargs.items()})
         for key in want:
             assert (got[key].shape, got[key].dtype) == (want[key].shape, want[key].dtype), (str(case), key)
