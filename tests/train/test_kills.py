@@ -1,4 +1,4 @@
-"""The trainer killed by SIGKILL at twenty random moments of real time: each time it resumes to the same bits.
+"""The trainer killed by SIGKILL at twenty or more random moments of real time: each time it resumes to the same bits.
 
 A run that nobody disturbs keeps all its checkpoints. A second run of the same configuration is killed and started
 again, over and over; whenever it is dead, every checkpoint it shows must equal the undisturbed run's, byte for byte
@@ -25,7 +25,7 @@ from glmx.train import checkpoint
 from glmx.train.config import FREE_ON_RESUME, flatten
 from warm import Warm
 
-KILLS, STEPS, SEED = 20, 20, 20
+KILLS, IN_WRITE, STEPS, SEED = 20, 3, 20, 20  # kills: at least so many, of which in a write
 DRAW = """
 import torch
 from glmx.train import loop
@@ -101,17 +101,18 @@ def test_twenty_kills_resume_to_the_same_bits(raw, tmp_path, warm):
     rng, out, runs = random.Random(SEED), tmp_path / "killed-0", 1
     kills = in_write = resumed = 0
     compared, finished = set(), False
-    while kills < KILLS or not finished:
-        in_a_write = kills % 3 == 2
+    while (killing := kills < KILLS or in_write < IN_WRITE) or not finished:
+        assert kills < 3 * KILLS, f"{in_write} of {kills} kills in a write"
+        in_a_write = kills % 3 == 2 or kills >= KILLS
         before, step = (
             unfinished(out),
             max((int(name[5:]) for name in listing(out) if name.startswith("step-")), default=0),
         )
         # In a write with old checkpoints to drop: all of them have been compared.
         child = warm.start(
-            command(raw, out, **{"checkpoint.keep": 3 if in_a_write and kills < KILLS else 1000}), tmp_path, call=DRAW
+            command(raw, out, **{"checkpoint.keep": 3 if in_a_write and killing else 1000}), tmp_path, call=DRAW
         )
-        if kills < KILLS:
+        if killing:
             if in_a_write:
                 wait_for_a_write(child, out, step + rng.randint(2, 3), before)
                 time.sleep(rng.choice((0, 0, 0.005, 0.02)))
@@ -137,7 +138,7 @@ def test_twenty_kills_resume_to_the_same_bits(raw, tmp_path, warm):
         if finished:
             assert last.name == checkpoint.step_name(STEPS)
             assert not unfinished(out)
-            if kills < KILLS:
+            if kills < KILLS or in_write < IN_WRITE:
                 out, runs = tmp_path / f"killed-{runs}", runs + 1
     print(f"{kills} kills, {in_write} in a write, {resumed} resumes, {runs} runs, {len(compared)} checkpoints compared")
-    assert kills == KILLS and in_write >= 3 and resumed >= 3
+    assert resumed >= 3
