@@ -3,7 +3,7 @@
 set(GLMX_ISA_FLAGS_base "")
 set(GLMX_ISA_FLAGS_avx2 -mavx2 -mfma)
 set(GLMX_ISA_FLAGS_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl)
-set(GLMX_ISA_FLAGS_avx512_bf16 ${GLMX_ISA_FLAGS_avx512} -mavx512bf16)
+set(GLMX_ISA_FLAGS_avx512_bf16 ${GLMX_ISA_FLAGS_avx512} -mavx512bf16 -mavx512vbmi)
 set(GLMX_ISA_FLAGS_amx ${GLMX_ISA_FLAGS_avx512} -mamx-tile -mamx-bf16)
 set(GLMX_ISAS base avx2 avx512 avx512_bf16 amx)
 

@@ -82,7 +82,7 @@ Isa detect() {
 #ifdef GLMX_AMX_SOFTWARE
   return Isa::amx;  // a test's build, whose tiles are the software twin of cpu/amx/tile.h
 #else
-  const bool bf16 = leaf7.eax >= 1 && bit(cpuid(7, 1).eax, 5) && dot_adds_in_turn();
+  const bool vbmi = bit(leaf7.ecx, 1), bf16 = leaf7.eax >= 1 && bit(cpuid(7, 1).eax, 5) && vbmi && dot_adds_in_turn();
   if (!bf16) return Isa::avx512;
   const bool amx = bit(leaf7.edx, 24) && bit(leaf7.edx, 22);
   return amx && (state & kTile) == kTile && request_tile_data() ? Isa::amx : Isa::avx512_bf16;

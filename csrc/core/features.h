@@ -13,8 +13,8 @@ constexpr Isa kIsas[] = {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Is
 
 const char* isa_name(Isa isa);
 
-// avx2: AVX2 + FMA. avx512: F, BW, DQ, VL on top. avx512_bf16: BF16 on top, found to add in two fused steps. amx: AMX-TILE + AMX-BF16 on
-// top, with the kernel's permission for tile data.
+// avx2: AVX2 + FMA. avx512: F, BW, DQ, VL on top. avx512_bf16: BF16 and VBMI on top, found to add in two fused steps. amx: AMX-TILE +
+// AMX-BF16 on top, with the kernel's permission for tile data.
 Isa machine_isa();
 
 // The level in force: machine_isa(), lowered by GLMX_ISA. A pin that the machine lacks, or an unknown name, throws glmx::Error.

@@ -59,6 +59,21 @@ void check_rows(const char* op, const int32_t* row_token, int64_t used, int64_t 
   }
 }
 
+// Whose matrices hold what the table says is the caller's to see to.
+void check_stored(const char* op, const GroupedGemmParams& p) {
+  if (p.stored.table == nullptr) return;
+  GLMX_CHECK(p.dtype == DType::bf16, op, ": x: expected dtype bf16 with stored weights: got ", dtype_name(p.dtype));
+  GLMX_CHECK(p.stored.scale_dtype == DType::f32 || p.stored.scale_dtype == DType::bf16, op, ": expected scales of dtype fp32 or bf16: got ",
+             dtype_name(p.stored.scale_dtype));
+  GLMX_CHECK(p.preact == nullptr, op, ": expected no preact with stored weights, which have no gradient");
+  const int64_t matrices = p.E * (p.silu_mul ? 2 : 1);
+  for (int64_t i = 0; i < matrices; ++i) {
+    GLMX_CHECK(p.stored.table[i] != 0, op, ": expected the address of matrix ", i, " of the stored weights: got 0");
+    GLMX_CHECK(p.stored.format == StoredFormat::bf16 || p.stored.table[matrices + i] != 0, op,
+               ": expected the address of the scales of matrix ", i, ": got 0");
+  }
+}
+
 }  // namespace
 
 OpInfo grouped_gemm_info(DType operands) { return op_info("grouped_gemm", kGroupedGemmRevision, kForward, operands); }
@@ -76,6 +91,7 @@ void grouped_gemm(const GroupedGemmParams& given) {
   check_dtypes(op, p.dtype, p.out_dtype);
   GLMX_CHECK(!p.silu_mul || p.N % 2 == 0, op, ": expected an even w.shape[1] with silu_mul (gate rows, then up rows): got ", p.N);
   GLMX_CHECK(p.silu_mul || p.preact == nullptr, op, ": expected no preact without silu_mul");
+  check_stored(op, p);
   check_offsets(op, p.expert_offsets, p.E, p.R);
   check_rows(op, p.row_token, p.expert_offsets[p.E], p.R, p.M);
   select(kForward, p.dtype).fn(p);

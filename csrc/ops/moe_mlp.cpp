@@ -18,6 +18,9 @@ void moe_mlp(const MoeMlpParams& p) {
   GLMX_CHECK(p.H >= 1 && p.I >= 1, "moe_mlp: expected H >= 1 and I >= 1: got down_proj.shape[1:] == [", p.H, ", ", p.I, "]");
   GLMX_CHECK(p.K >= 1, "moe_mlp: expected topk_ids.shape[1] >= 1: got ", p.K);
 
+  GLMX_CHECK((p.gate_up_stored.table == nullptr) == (p.down_stored.table == nullptr),
+             "moe_mlp: expected both gate_up_proj and down_proj to be stored, or none");
+
   const int64_t R = p.T * p.K;
   ExpertPlanParams plan{};
   plan.topk_ids = p.topk_ids;
@@ -32,6 +35,7 @@ void moe_mlp(const MoeMlpParams& p) {
   GroupedGemmParams up{};
   up.x = p.x;
   up.w = p.gate_up_proj;
+  up.stored = p.gate_up_stored;
   up.expert_offsets = plan.expert_offsets;
   up.row_token = plan.row_token;
   up.out = p.h;
@@ -47,6 +51,7 @@ void moe_mlp(const MoeMlpParams& p) {
   GroupedGemmParams down{};
   down.x = p.h;
   down.w = p.down_proj;
+  down.stored = p.down_stored;
   down.expert_offsets = plan.expert_offsets;
   down.out = p.rows;
   down.M = down.R = R;

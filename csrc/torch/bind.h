@@ -98,6 +98,13 @@ inline Sequences sequences(const Tensor& cu_seqlens_q, const Tensor& seq_lens, c
   return s;
 }
 
+// The table of glmx.ops.StoredWeight, [2, E, parts], with its format and the dtype of its scales as ops.h counts them.
+inline StoredWeights stored_weights(const Tensor& table, const char* name, int64_t format, int64_t scale_dtype, int64_t E, int64_t parts) {
+  GLMX_CHECK(format >= 0 && format <= static_cast<int64_t>(StoredFormat::fp8_blocks), name, ": unknown format of stored weights: ", format);
+  const int64_t* addresses = data_as<int64_t>(table, name, DType::i64, {2, E, parts});
+  return {addresses, static_cast<StoredFormat>(format), static_cast<DType>(scale_dtype)};
+}
+
 // A scratch buffer for one call.
 Tensor workspace(const Tensor& like, DType dtype, int64_t elements);
 

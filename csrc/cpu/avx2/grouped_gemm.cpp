@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kRows = 3, kVecs = 1;  // 12 accumulators of 8 lanes, 2 of the panel, 1 broadcast: 15 of 16 registers
 
+#include "cpu/avx2/stored.h"
 #include "cpu/avx2/transpose.h"
 #include "cpu/inl/grouped_gemm.inl"
 }  // namespace

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kRows = 4, kVecs = 2;  // 16 accumulators, 2 of the panel, 1 broadcast
 
+#include "cpu/avx512/stored.h"
 #include "cpu/avx512/transpose.h"
 #include "cpu/inl/grouped_gemm.inl"
 }  // namespace

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kRows = 4, kVecs = 1;  // sixteen lanes are an array here: the size bounds nothing
 
+#include "cpu/base/stored.h"
 #include "cpu/base/transpose.h"
 #include "cpu/inl/grouped_gemm.inl"
 }  // namespace

@@ -26,6 +26,13 @@ struct Call {
   bool cold;
 };
 
+// So many steps of depth are so many elements of a row of weights. (Stored weights are bytes to the driver.)
+template <class Op>
+inline int64_t elements(int64_t depth) {
+  if constexpr (requires { Op::stored(depth); }) return Op::stored(depth);
+  return depth;
+}
+
 // How one expert's results are cut into work items. Row blocks are evened out, so that 300 rows are not 288 and 12.
 struct Cut {
   int64_t block_rows, block_cols, row_blocks, col_blocks;
@@ -49,32 +56,42 @@ inline Cut cut(const Call<Op>& call, int64_t e) {
   return c;
 }
 
-// A block of one or two tiles of rows: the weights go from where they lie straight into the sums, the second tile's from the cache.
-// `next`: the weights that follow.
+// c [rows][ldc] = tiles of rows @ weights [cols, depth] at w, which go from where they lie straight into the sums; the second tile's from
+// the cache. `next`: the weights that follow.
+template <class W, class T>
+void tiles_times_weights(bool cold, int64_t rows, const W* tiles, int64_t tile_words, const T* w, int64_t stride, int64_t cols,
+                         int64_t depth, float* c, int64_t ldc, const T* next) {
+  if constexpr (kDirectTiles<W> > 2) {
+    if (rows > kRows) return tiles_times_rows(rows, tiles, tile_words, w, stride, cols, depth, c, ldc, next);
+  }
+  const int64_t step = rows <= kRows ? cols : 16;
+  for (int64_t j = 0; j < cols; j += step) {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      tile_times_rows_n(least(kRows, rows - i), cold, tiles + i / kRows * tile_words, w + j * stride, stride, least(step, cols - j), depth,
+                        c + i * ldc + j, ldc,
+                        i > 0             ? nullptr
+                        : j + step < cols ? w + (j + step) * stride
+                                          : next);
+    }
+  }
+}
+
+// A block of a few tiles of rows, whose weights are not packed.
 template <class Op, class T>
 void run_few(const Op& op, bool cold, int64_t e, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const T* next) {
   using W = typename Op::W;
   const int64_t halves = op.halves(), width = round_up(cols, 16), ldc = halves * width, depth = op.depth(e);
-  const int64_t words = round_up(depth, 32) / kPerWord<W>, step = rows <= kRows ? cols : 16;
+  const int64_t words = round_up(depth, 32) / kPerWord<W>, tile_words = kRows * words;
   float* c = static_cast<float*>(thread_scratch(Scratch::item, kDirectRows<W> * (ldc + words) * 4));
   W* tiles = reinterpret_cast<W*>(c + kDirectRows<W> * ldc);
   for (int64_t i = 0; i < rows; i += kRows) op.pack_rows(e, row0 + i, least(kRows, rows - i), 0, depth, tiles + i * words);
   for (int64_t half = 0; half < halves; ++half) {
-    const T *w = op.weights(e, half, col0), *after = half + 1 < halves ? op.weights(e, half + 1, col0) : next;
-    if constexpr (kDirectTiles<W> > 2) {
-      if (rows > kRows) {
-        tiles_times_rows(rows, tiles, kRows * words, w, op.stride(), cols, depth, c + half * width, ldc, after);
-        continue;
-      }
-    }
-    for (int64_t j = 0; j < cols; j += step) {
-      for (int64_t i = 0; i < rows; i += kRows) {
-        tile_times_rows_n(least(kRows, rows - i), cold, tiles + i * words, w + j * op.stride(), op.stride(), least(step, cols - j), depth,
-                          c + i * ldc + half * width + j, ldc,
-                          i > 0             ? nullptr
-                          : j + step < cols ? w + (j + step) * op.stride()
-                                            : after);
-      }
+    const T* after = half + 1 < halves ? op.weights(e, half + 1, col0) : next;
+    float* at = c + half * width;
+    if constexpr (requires { Op::stored(depth); }) {
+      op.few_rows(e, half, rows, tiles, tile_words, col0, cols, at, ldc, after);
+    } else {
+      tiles_times_weights(cold, rows, tiles, tile_words, op.weights(e, half, col0), op.stride(), cols, depth, at, ldc, after);
     }
   }
   for (int64_t i = 0; i < rows; ++i) op.store(e, row0 + i, col0, cols, c + i * ldc, c + i * ldc + width);
@@ -163,9 +180,10 @@ void run_block(const Op& op, int64_t e, int64_t row0, int64_t rows, int64_t col0
       const int64_t half = j / half_panels, col = j % half_panels * kCols;
       if constexpr (Op::kPanelRows) {
         if (j + 1 < panels) {
-          fetch = {op.weights(e, (j + 1) / half_panels, col0 + (j + 1) % half_panels * kCols) + k0, op.stride(), steps, kCols, calls};
+          fetch = {op.weights(e, (j + 1) / half_panels, col0 + (j + 1) % half_panels * kCols) + elements<Op>(k0), op.stride(),
+                   elements<Op>(steps), kCols, calls};
         } else {
-          fetch = {then < depth ? op.weights(e, 0, col0) + then : next, op.stride(), then_steps, kCols, calls};
+          fetch = {then < depth ? op.weights(e, 0, col0) + elements<Op>(then) : next, op.stride(), elements<Op>(then_steps), kCols, calls};
         }
       }
       for (int64_t k = 0; k < steps; k += kDepth<W>) {
@@ -212,7 +230,7 @@ void run(const Op& op) {
   tile_cols = tile_cols / (kItemsPerThread * threads) / 64 * 64;
   Call<Op> call{op, threads, tile_cols < 64 ? 64 : least(tile_cols, kTileCols), false};
   if constexpr (Op::kPanelRows) {
-    const int64_t row_bytes = op.depth(0) * static_cast<int64_t>(sizeof(*op.weights(0, 0, 0)));
+    const int64_t row_bytes = elements<Op>(op.depth(0)) * static_cast<int64_t>(sizeof(*op.weights(0, 0, 0)));
     call.cold = op.experts() * op.halves() * op.width() * row_bytes > kCacheBytes;
   }
   int64_t items = 1;

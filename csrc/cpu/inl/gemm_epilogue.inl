@@ -39,9 +39,24 @@ inline void add_bias(const GroupedGemmParams& p, int64_t e, int64_t col, int64_t
   }
 }
 
+// c[0..cols) *= the scales of rows [row, row + cols) of a stored matrix.
+inline void scale_sums(const GroupedGemmParams& p, int64_t matrix, int64_t row, int64_t cols, float* c) {
+  const int64_t scales = p.stored.table[p.E * (p.silu_mul ? 2 : 1) + matrix];
+  for (int64_t j = 0; j < cols; j += 16) {
+    const int n = lanes(cols - j);
+    const V16 scale = p.stored.scale_dtype == DType::bf16 ? load_n(reinterpret_cast<const uint16_t*>(scales) + row + j, n)
+                                                          : load_n(reinterpret_cast<const float*>(scales) + row + j, n);
+    store(c + j, mul(load(c + j), scale));
+  }
+}
+
 // One row of forward results: columns [col, col + cols) of the output. c holds them (with silu_mul: the gate; up holds the other half).
 // c and up are whole vectors of 16 and are overwritten.
 inline void store_forward(const GroupedGemmParams& p, int64_t e, int64_t row, int64_t col, int64_t cols, float* c, float* up) {
+  if (p.stored.table != nullptr && (p.stored.format == StoredFormat::int8 || p.stored.format == StoredFormat::fp8)) {
+    scale_sums(p, p.silu_mul ? 2 * e : e, col, cols, c);
+    if (p.silu_mul) scale_sums(p, 2 * e + 1, col, cols, up);
+  }
   if (p.bias != nullptr) add_bias(p, e, col, cols, c);
   if (!p.silu_mul) {
     store_row(p.out, p.out_dtype, p.N, row, col, cols, c, false);

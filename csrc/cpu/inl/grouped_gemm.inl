@@ -40,6 +40,7 @@ struct Forward {
     pack_panel_rows(weights(e, half, col) + k, p.K, n, depth, out);
   }
   const T* weights(int64_t e, int64_t half, int64_t col) const {
+    if (p.stored.table != nullptr) return reinterpret_cast<const T*>(p.stored.table[e * halves() + half]) + col * p.K;
     return static_cast<const T*>(p.w) + (e * p.N + half * width() + col) * p.K;
   }
   int64_t stride() const { return p.K; }
@@ -48,6 +49,8 @@ struct Forward {
   }
   void zero_tail() const { zero_forward(p, p.expert_offsets[p.E], p.R); }
 };
+
+#include "cpu/inl/stored_weight.inl"
 
 template <class T>
 struct Dgrad {
@@ -125,7 +128,9 @@ void bias_item(void* context, int64_t item) {
 }
 
 inline void gemm_forward(const GroupedGemmParams& p) {
-  if (p.dtype == DType::bf16) {
+  if (p.stored.table != nullptr) {
+    gemm_stored(p);
+  } else if (p.dtype == DType::bf16) {
     run(Forward<uint16_t>{p});
   } else {
     run(Forward<float>{p});

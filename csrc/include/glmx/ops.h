@@ -76,6 +76,24 @@ struct ExpertPlanParams {
 };
 void expert_plan(const ExpertPlanParams& p);
 
+// Weights [E, N, K] as a checkpoint stores them: E * parts matrices [N / parts, K], dense and row-major, wherever they lie.
+//   bf16        values bf16 [rows, K]
+//   int8        values int8 [rows, K], scale [rows]
+//   int4        values [rows, ceil(K / 8)] words of 32 bits: eight in a word, the first in its lowest bits, each stored as value + 8;
+//               scale [rows, ceil(K / 128)], one for 128 columns
+//   fp8         values e4m3 [rows, K], scale [rows]
+//   fp8_blocks  values e4m3 [rows, K], scale [ceil(rows / 128), ceil(K / 128)]
+// int4 and fp8_blocks stand for the weight bf16(value * scale), the product in fp32: their bits are those of the dense bf16 weight. int8
+// and fp8 stand for the weight `value`, exact in bf16; the fp32 sum is multiplied once by the scale of its row, before bias, silu_mul and
+// rounding. Padding behind K is multiplied by the last scale too: an infinite scale makes NaN of it.
+enum class StoredFormat : int32_t { bf16 = 0, int8 = 1, int4 = 2, fp8 = 3, fp8_blocks = 4 };
+inline constexpr int64_t kScaleGroup = 128;
+struct StoredWeights {
+  const int64_t* table;  // [2, E, parts]: the addresses of values, then of scales; or null: the weights are dense. parts is 2 with silu_mul
+  StoredFormat format;
+  DType scale_dtype;  // fp32 or bf16
+};
+
 // grouped_gemm: out[r, :] = x[token(r), :] @ w[e(r)]^T (+ bias[e(r)]), rows grouped by expert. E = 1 is the dense linear.
 //   token(r) = row_token[r] with a gather, else r. Rows past expert_offsets[E] are written as zeros.
 //   silu_mul: w holds gate rows [0, N/2) then up rows [N/2, N); out [R, N/2] = silu(gate) * up from the fp32 accumulators, one rounding;
@@ -83,7 +101,8 @@ void expert_plan(const ExpertPlanParams& p);
 inline constexpr int kGroupedGemmRevision = 1;
 struct GroupedGemmParams {
   const void* x;                  // [M, K] dtype
-  const void* w;                  // [E, N, K] dtype
+  const void* w;                  // [E, N, K] dtype, or null with `stored`
+  StoredWeights stored;           // needs dtype bf16 and no preact
   const void* bias;               // [E, N] dtype, or null
   const int32_t* expert_offsets;  // [E + 1], ascending, offsets[0] == 0, offsets[E] <= R; or null with E == 1: all rows are its
   const int32_t* row_token;       // [R] in [0, M), or null (then R == M); entries past offsets[E] are not read
@@ -190,16 +209,17 @@ void moe_combine_backward(const MoeCombineBackwardParams& p);
 // No backward of its own: the workspaces keep no pre-activations. Its revision is raised with theirs.
 inline constexpr int kMoeMlpRevision = 1;
 struct MoeMlpParams {
-  const void* x;              // [T, H] dtype
-  const float* topk_weights;  // [T, K]
-  const int32_t* topk_ids;    // [T, K], each -1 (adds nothing) or 0 <= id < E (else an error)
-  const void* gate_up_proj;   // [E, 2 * I, H] dtype: gate rows, then up rows
-  const void* down_proj;      // [E, H, I] dtype
-  void* out;                  // [T, H] dtype
-  int32_t* plan;              // workspace [E + 1 + 2 * T * K]: expert_offsets, row_token, inverse
-  void* h;                    // workspace [T * K, I] dtype
-  void* rows;                 // workspace [T * K, H] dtype
-  int64_t T, K, E, H, I;      // K >= 1, T * K < 2^31 - 1
+  const void* x;                              // [T, H] dtype
+  const float* topk_weights;                  // [T, K]
+  const int32_t* topk_ids;                    // [T, K], each -1 (adds nothing) or 0 <= id < E (else an error)
+  const void* gate_up_proj;                   // [E, 2 * I, H] dtype: gate rows, then up rows; or null with gate_up_stored
+  const void* down_proj;                      // [E, H, I] dtype, or null with down_stored
+  StoredWeights gate_up_stored, down_stored;  // both or none; need dtype bf16
+  void* out;                                  // [T, H] dtype
+  int32_t* plan;                              // workspace [E + 1 + 2 * T * K]: expert_offsets, row_token, inverse
+  void* h;                                    // workspace [T * K, I] dtype
+  void* rows;                                 // workspace [T * K, H] dtype
+  int64_t T, K, E, H, I;                      // K >= 1, T * K < 2^31 - 1
   DType dtype;
 };
 void moe_mlp(const MoeMlpParams& p);

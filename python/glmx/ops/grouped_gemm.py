@@ -8,8 +8,10 @@ from torch.autograd.function import once_differentiable
 
 from glmx.ops._library import apply, check_dim, check_model_dtype, check_same_dtype, op, weight_gradient
 from glmx.ops.moe_combine import moe_combine
+from glmx.ops.stored_weight import StoredWeight
 
 _forward = op("grouped_gemm")
+_stored = op("grouped_gemm_stored")
 _dgrad = op("grouped_gemm_dgrad")
 _wgrad = op("grouped_gemm_wgrad")
 _bias_grad = op("grouped_gemm_bias_grad")
@@ -80,13 +82,30 @@ def _output_dtype(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dt
     return out_dtype
 
 
+def _times_stored(
+    x_MK: Tensor,
+    w: StoredWeight,
+    offsets: Tensor | None,
+    row_token_R: Tensor | None,
+    bias_EN: Tensor | None,
+    silu_mul: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """`grouped_gemm` of contiguous arguments; what is wrong with a bias's dtype the op says."""
+    rows, N = (x_MK if row_token_R is None else row_token_R).shape[0], w.shape[1]
+    out = x_MK.new_empty((rows, N // 2 if silu_mul else N), dtype=_output_dtype(x_MK.dtype, out_dtype))
+    bias_EN = _contiguous(bias_EN)
+    _stored(out, x_MK.contiguous(), w.table, *w.codes, N, offsets, row_token_R, bias_EN, silu_mul)
+    return out
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
 def grouped_gemm(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | StoredWeight,
     expert_offsets: Tensor,
     *,
     row_token: Tensor | None = None,
@@ -99,7 +118,8 @@ def grouped_gemm(
 
     Args:
         x: [M, K], fp32 or bf16.
-        w: [E, N, K], the dtype of x. With silu_mul, gate rows [0, N/2) come before up rows.
+        w: [E, N, K], the dtype of x. With silu_mul, gate rows [0, N/2) come before up rows. Or a StoredWeight, whose
+            docstring says what its formats mean; then x is bf16 and nothing is differentiable.
         expert_offsets: int32 [E+1], ascending from 0: expert e has the rows [offsets[e], offsets[e+1]).
         row_token: int32 [R]: row r reads x[row_token[r]]; None: row r reads x[r], R = M. From `expert_plan`.
         inverse: int32 [M, k] from `expert_plan`: needed for the gradient of x when row_token is given.
@@ -121,12 +141,21 @@ def grouped_gemm(
     """
     check_model_dtype(x, "x")
     check_dim(x, "x", 2)
-    check_dim(w, "w", 3)
-    check_same_dtype(w, "w", x.dtype)
+    if isinstance(w, StoredWeight):
+        w.check("w", x, parts=2 if silu_mul else 1)
+    else:
+        check_dim(w, "w", 3)
+        check_same_dtype(w, "w", x.dtype)
     if w.shape[2] != x.shape[1]:
         raise ValueError(f"w: expected w.shape[2] == K: got {w.shape[2]}, K is {x.shape[1]} (x.shape[1])")
     if bias is not None and bias.shape != w.shape[:2]:
         raise ValueError(f"bias: expected shape {list(w.shape[:2])} (w.shape[:2]): got {list(bias.shape)}")
+    if isinstance(w, StoredWeight):
+        if expert_offsets.shape != (w.shape[0] + 1,):
+            raise ValueError(
+                f"expert_offsets: expected shape [{w.shape[0] + 1}] (E + 1): got {list(expert_offsets.shape)}"
+            )
+        return _times_stored(x, w, expert_offsets.contiguous(), _contiguous(row_token), bias, silu_mul, out_dtype)
     if row_token is not None and x.requires_grad and torch.is_grad_enabled():
         if inverse is None:
             raise ValueError("inverse: expected a tensor, for the gradient of x through row_token: got None")
@@ -203,7 +232,7 @@ def grouped_gemm_wgrad(
 
 def linear(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | StoredWeight,
     bias: Tensor | None = None,
     *,
     silu_mul: bool = False,
@@ -212,7 +241,8 @@ def linear(
     """x @ w.T + bias: grouped_gemm with one expert; with silu_mul, its SwiGLU.
 
     Args:
-        x: [..., K], fp32 or bf16. w: [N, K] and bias: [N], the dtype of x.
+        x: [..., K], fp32 or bf16. w: [N, K] and bias: [N], the dtype of x. Or w: a StoredWeight [1, N, K], as in
+            grouped_gemm.
         silu_mul: return silu(gate) * up, as in grouped_gemm; w then holds the gate rows before the up rows.
         out_dtype: fp32 or bf16; default the dtype of x. fp32 inputs have fp32 outputs.
 
@@ -225,14 +255,22 @@ def linear(
     Differentiable in x, w and bias, as grouped_gemm.
     """
     check_model_dtype(x, "x")
-    check_dim(w, "w", 2)
-    check_same_dtype(w, "w", x.dtype)
-    if x.dim() < 1 or w.shape[1] != x.shape[-1]:
-        raise ValueError(f"w: expected w.shape[1] == x.shape[-1]: got {list(w.shape)}, x is {list(x.shape)}")
-    if bias is not None and bias.shape != w.shape[:1]:
-        raise ValueError(f"bias: expected shape [{w.shape[0]}] (w.shape[:1]): got {list(bias.shape)}")
-    out_dtype = _output_dtype(x.dtype, out_dtype)
-    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-    w, bias = w.contiguous(), _contiguous(bias)
-    out = apply(GroupedGemmFunction, rows, w, bias, None, None, None, silu_mul, out_dtype)
+    if isinstance(w, StoredWeight):
+        w.check("w", x, parts=2 if silu_mul else 1)
+        if w.shape[0] != 1:
+            raise ValueError(f"w: expected one expert's weights: got {w}")
+    else:
+        check_dim(w, "w", 2)
+        check_same_dtype(w, "w", x.dtype)
+    N, K = w.shape[-2:]
+    if x.dim() < 1 or K != x.shape[-1]:
+        raise ValueError(f"w: expected w.shape[-1] == x.shape[-1]: got {list(w.shape)}, x is {list(x.shape)}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias: expected shape [{N}] (w.shape[-2]): got {list(bias.shape)}")
+    rows = (x if x.dim() == 2 else x.reshape(-1, K)).contiguous()
+    if isinstance(w, StoredWeight):
+        out = _times_stored(rows, w, None, None, None if bias is None else bias.view(1, N), silu_mul, out_dtype)
+    else:
+        args = rows, w.contiguous(), _contiguous(bias), None, None, None, silu_mul, _output_dtype(x.dtype, out_dtype)
+        out = apply(GroupedGemmFunction, *args)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from glmx.ops._library import differentiated
+
 StoredFormat = Literal["bf16", "int8", "int4", "fp8", "fp8_blocks"]
 GROUP = 128  # columns of an int4 weight, and rows and columns of an FP8 block, that share a scale
 _ELEMENTS = {
@@ -67,8 +69,21 @@ class StoredWeight:
                 raise ValueError(f"matrices[{i}].scale: expected None with {format}: got {list(scale.shape)}")
         self.format, self.parts, self.matrices, self.scale_dtype = format, parts, list(matrices), scale_dtype
         self.shape = (len(matrices) // parts, parts * rows, K)
-        addresses = [[m.values.data_ptr() for m in matrices], [0 if m.scale is None else m.scale.data_ptr() for m in matrices]]
+        scales = [0 if m.scale is None else m.scale.data_ptr() for m in matrices]
+        addresses = [[m.values.data_ptr() for m in matrices], scales]
         self.table = torch.tensor(addresses, dtype=torch.int64).view(2, -1, parts)
+        # As csrc/include/glmx/ops.h and dtype.h count them.
+        self.codes = get_args(StoredFormat).index(format), int(scale_dtype == torch.bfloat16)
+
+    def check(self, name: str, x: Tensor, *, parts: int) -> None:
+        """ValueError unless x can be multiplied by it."""
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"x: expected dtype torch.bfloat16 with stored weights: got {x.dtype}")
+        if differentiated(x):
+            raise ValueError(f"{name}: stored weights have no gradient, x requires one: load them dequantized")
+        if self.parts != parts:
+            what = "gate and up apart, for silu_mul" if parts == 2 else "one matrix an expert"
+            raise ValueError(f"{name}: expected parts == {parts} ({what}): got {self.parts}")
 
     @property
     def nbytes(self) -> int:

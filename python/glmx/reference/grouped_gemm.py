@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from glmx.reference.stored_weight import dense
+
 F64 = torch.float64
+
+
+def _weights(w: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """fp64 [E, N, K], and the factors [E, N] of the sums of stored weights that have them."""
+    if isinstance(w, torch.Tensor):
+        return w.to(F64), None
+    w_ENK, factor_EN = dense(w)
+    return w_ENK.to(F64), None if factor_EN is None else factor_EN.to(F64)
 
 
 def _gathered(x: torch.Tensor, row_token: torch.Tensor | None) -> torch.Tensor:
@@ -17,7 +29,7 @@ def _gathered(x: torch.Tensor, row_token: torch.Tensor | None) -> torch.Tensor:
 
 def grouped_gemm(
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | Any,
     expert_offsets: torch.Tensor,
     *,
     row_token: torch.Tensor | None = None,
@@ -27,16 +39,17 @@ def grouped_gemm(
     out_dtype: torch.dtype | None = None,
     exact: bool = False,
 ) -> torch.Tensor:
-    """x [M, K], w [E, N, K], expert_offsets int32 [E+1] -> [R, N], or [R, N/2] with silu_mul.
+    """x [M, K], w [E, N, K] (or stored weights), expert_offsets int32 [E+1] -> [R, N], or [R, N/2] with silu_mul.
 
     Row r of expert e is x[r] @ w[e].T (x[row_token[r]] when gathering) + bias[e]; rows past expert_offsets[E]
     are zero.
     """
-    rows, w64 = _gathered(x, row_token).to(F64), w.to(F64)
+    rows, (w64, factor_EN) = _gathered(x, row_token).to(F64), _weights(w)
     offsets = expert_offsets.tolist()
     blocks = []
     for e in range(w.shape[0]):
         y = rows[offsets[e] : offsets[e + 1]] @ w64[e].T
+        y = y if factor_EN is None else y * factor_EN[e]
         blocks.append(y if bias is None else y + bias[e].to(F64))
     blocks.append(torch.zeros(rows.shape[0] - offsets[-1], w.shape[1], dtype=F64))
     out = torch.cat(blocks)
@@ -85,7 +98,7 @@ def grouped_gemm_wgrad(
 
 def linear(
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | Any,
     bias: torch.Tensor | None = None,
     *,
     silu_mul: bool = False,
@@ -93,7 +106,10 @@ def linear(
     exact: bool = False,
 ) -> torch.Tensor:
     """x [.., K], w [N, K] -> [.., N] = x @ w.T + bias, or [.., N/2] with silu_mul; one rounding."""
-    y = x.to(F64) @ w.to(F64).T
+    w64, factor_EN = _weights(w)
+    y = x.to(F64) @ w64.view(w.shape[-2:]).T
+    if factor_EN is not None:
+        y = y * factor_EN[0]
     if bias is not None:
         y = y + bias.to(F64)
     if silu_mul:

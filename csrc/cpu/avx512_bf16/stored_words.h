@@ -1,0 +1,333 @@
+// Stored weights -> words of pairs (pairs.h), through tables in registers: a value of 4 or 8 bits becomes its bf16 by vpermi2w or vpermi2b.
+//
+// Four rows of 128 columns at a time. The 128 columns are four blocks of the GEMM tree, whose chains are independent of each other; so the
+// sixteen lanes of a register are four blocks x four rows, and transposing takes half a shuffle for 32 values of 4 bits, one and a half for
+// 8 bits, where lanes of sixteen rows would take four. The sums of the four blocks are added in order afterwards.
+//
+// One row of x: its words are laid out to match, each in the four lanes of its block. More rows: the lanes of four times four rows are
+// turned into words of sixteen rows for one block, the panel that the other kernels know.
+// Included after pairs.h; needs AVX512-VBMI.
+#pragma once
+#include "cpu/inl/stored_matrix.inl"
+
+constexpr int64_t kGroupBlocks = kScaleGroup / 32;
+
+// bf16 of the values of a byte, by its low seven bits: the lower and the upper half of each.
+struct ByteTable {
+  alignas(64) uint8_t low[128], high[128];
+};
+
+constexpr uint16_t exact_bf16(float value) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, value) >> 16); }
+
+constexpr float e4m3_value(int magnitude) {
+  if (magnitude == 0x7f) return __builtin_nanf("");
+  float value = magnitude < 8 ? static_cast<float>(magnitude) : static_cast<float>(8 + magnitude % 8);
+  for (int e = magnitude < 8 ? 1 : magnitude / 8; e < 10; ++e) value *= 0.5f;
+  for (int e = 10; e < magnitude / 8; ++e) value *= 2.0f;
+  return value;
+}
+
+struct E4m3Values {
+  alignas(64) float at[128];
+};
+constexpr E4m3Values e4m3_values() {
+  E4m3Values v{};
+  for (int i = 0; i < 128; ++i) v.at[i] = e4m3_value(i);
+  return v;
+}
+constexpr E4m3Values kE4m3 = e4m3_values();
+
+template <class Value>
+constexpr ByteTable byte_table(Value value) {
+  ByteTable t{};
+  for (int i = 0; i < 128; ++i) {
+    const uint16_t half = exact_bf16(value(i));
+    t.low[i] = static_cast<uint8_t>(half & 0xff);
+    t.high[i] = static_cast<uint8_t>(half >> 8);
+  }
+  return t;
+}
+constexpr ByteTable kE4m3Bytes = byte_table(e4m3_value);
+constexpr ByteTable kPositiveBytes = byte_table([](int i) { return static_cast<float>(i); });
+constexpr ByteTable kNegativeBytes = byte_table([](int i) { return static_cast<float>(i - 128); });
+
+// Registers [0, 4) of rows, each a dword of 16: dword c of every quarter of the four, side by side.
+[[gnu::always_inline]] inline void transpose_quarters(const __m512i (&row)[4], __m512i (&out)[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]), b = _mm512_unpacklo_epi32(row[2], row[3]);
+  const __m512i c = _mm512_unpackhi_epi32(row[0], row[1]), d = _mm512_unpackhi_epi32(row[2], row[3]);
+  out[0] = _mm512_unpacklo_epi64(a, b), out[1] = _mm512_unpackhi_epi64(a, b);
+  out[2] = _mm512_unpacklo_epi64(c, d), out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// Quarter q of register g -> quarter g of register q.
+[[gnu::always_inline]] inline void exchange_quarters(__m512i (&r)[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x88), b = _mm512_shuffle_i32x4(r[2], r[3], 0x88);
+  const __m512i c = _mm512_shuffle_i32x4(r[0], r[1], 0xdd), d = _mm512_shuffle_i32x4(r[2], r[3], 0xdd);
+  r[0] = _mm512_shuffle_i32x4(a, b, 0x88), r[2] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  r[1] = _mm512_shuffle_i32x4(c, d, 0x88), r[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
+// A decoder: `group(scales)` sets it up for a group of 16 rows, scales [i * kScaleLine] of row i (of fp8_blocks, all the same), and
+// `rows(i, p, stride, word)` calls word(w, P16) for words w in order of four rows from i, lanes [block][row].
+constexpr int64_t kScaleLine = 16;  // groups whose scales are widened at a time
+
+template <StoredFormat format>
+struct Decoder {
+  __m512i low[2], high[2], negative[2];
+
+  Decoder() { set(format == StoredFormat::int8 ? kPositiveBytes : kE4m3Bytes); }
+
+  void set(const ByteTable& t) {
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(t.low + 64 * i);
+      high[i] = _mm512_load_si512(t.high + 64 * i);
+      negative[i] = _mm512_load_si512(kNegativeBytes.high + 64 * i);
+    }
+  }
+
+  // The table of bf16(value * scale).
+  void group(const float* scales) {
+    if constexpr (format == StoredFormat::fp8_blocks) {
+      const __m512 scale = _mm512_set1_ps(*scales);
+      __m256i lower[4], upper[4];
+      for (int i = 0; i < 4; ++i) {
+        const __m512 a = _mm512_mul_ps(_mm512_load_ps(kE4m3.at + 32 * i), scale);
+        const __m512 b = _mm512_mul_ps(_mm512_load_ps(kE4m3.at + 32 * i + 16), scale);
+        const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+        lower[i] = _mm512_cvtepi16_epi8(halves), upper[i] = _mm512_cvtepi16_epi8(_mm512_srli_epi16(halves, 8));
+      }
+      for (int i = 0; i < 2; ++i) {
+        low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(lower[2 * i]), lower[2 * i + 1], 1);
+        high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(upper[2 * i]), upper[2 * i + 1], 1);
+      }
+    }
+  }
+
+  template <class Word>
+  [[gnu::always_inline]] void rows(const float*, const uint8_t* p, int64_t stride, Word word) const {
+    // Of each dword, in every lane of a block: values k + 2 and k of the four rows, then k + 3 and k + 1.
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 0, 6, 4, 10, 8, 14, 12, 3, 1, 7, 5, 11, 9, 15, 13));
+    __m512i row[4], first[4], second[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) row[i] = _mm512_loadu_si512(p + i * stride);
+    transpose_quarters(row, first);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) row[i] = _mm512_loadu_si512(p + i * stride + 64);
+    transpose_quarters(row, second);
+#pragma GCC unroll 8
+    for (int d = 0; d < 8; ++d) {  // dwords of a block
+      const __m512i four =
+          d < 4 ? _mm512_shuffle_i32x4(first[d % 4], second[d % 4], 0x88) : _mm512_shuffle_i32x4(first[d % 4], second[d % 4], 0xdd);
+      const __m512i bytes = _mm512_shuffle_epi8(four, order);
+      __m512i lower, upper;
+      if constexpr (format == StoredFormat::int8) {
+        lower = _mm512_permutex2var_epi8(low[0], _mm512_abs_epi8(bytes), low[1]);
+        upper = _mm512_permutex2var_epi8(high[0], bytes, high[1]);
+        const __mmask64 below = _mm512_movepi8_mask(bytes);
+        upper = _mm512_mask_blend_epi8(below, upper, _mm512_permutex2var_epi8(negative[0], bytes, negative[1]));
+      } else {
+        lower = _mm512_permutex2var_epi8(low[0], bytes, low[1]);
+        upper = _mm512_permutex2var_epi8(high[0], bytes, high[1]);
+        upper = _mm512_ternarylogic_epi32(upper, bytes, _mm512_set1_epi8(static_cast<char>(0x80)), 0x78);  // a ^ (b & c)
+      }
+      word(2 * d, P16{_mm512_unpacklo_epi8(lower, upper)});
+      word(2 * d + 1, P16{_mm512_unpackhi_epi8(lower, upper)});
+    }
+  }
+};
+
+template <>
+struct Decoder<StoredFormat::int4> {
+  void group(const float*) {}
+
+  // Four rows' tables of bf16(value * scale), 16 each, are the 64 words that vpermi2w takes: bits 4 and 5 of an index are the row.
+  template <class Word>
+  [[gnu::always_inline]] void rows(const float* scales, const uint8_t* p, int64_t stride, Word word) const {
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const auto table = [&](int i) { return _mm512_mul_ps(values, _mm512_set1_ps(scales[i * kScaleLine])); };
+    const __m512i upper_rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(table(1), table(0)));
+    const __m512i lower_rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(table(3), table(2)));
+    // Where in a qword, two rows' dwords, the words of an index begin: value k + 2 in the lower half, k in the upper.
+    const auto where = [](int low, int high) {
+      return _mm512_set1_epi64(
+          static_cast<long long>(low | high << 16 | static_cast<uint64_t>(low + 32) << 32 | static_cast<uint64_t>(high + 32) << 48));
+    };
+    const __m512i at[4] = {where(8, 0), where(12, 4), where(24, 16), where(28, 20)};
+    const __m512i nibble = _mm512_set1_epi16(15);
+    const __m512i row_of = _mm512_set4_epi32(0x00300030, 0x00200020, 0x00100010, 0);
+    __m512i row[4], four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) row[i] = _mm512_loadu_si512(p + i * stride);
+    transpose_quarters(row, four);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512i index = _mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(at[i], four[c]), nibble, row_of, 0xea);  // a & b | c
+        word(4 * c + i, P16{_mm512_permutex2var_epi16(upper_rows, index, lower_rows)});
+      }
+    }
+  }
+};
+
+// Sixteen rows of a stored matrix, group by group: whole ones where they lie, others in a copy whose end is zeros.
+template <StoredFormat format>
+struct StoredRows {
+  const StoredMatrix& m;
+  int64_t row, n;
+  Decoder<format> decoder;
+  alignas(64) float scales[16 * kScaleLine];
+  alignas(64) uint8_t padded[16 * kScaleGroup];
+  const uint8_t* at;
+  int64_t stride;
+  const float* scale;
+
+  StoredRows(const StoredMatrix& matrix) : m(matrix) {}
+
+  void begin(int64_t first, int64_t count) { row = first, n = count; }
+
+  void widen_scales(int64_t group) {
+    const int64_t groups = (m.depth + kScaleGroup - 1) / kScaleGroup, count = least(kScaleLine, groups - group);
+    const int rows = format == StoredFormat::int4 ? 16 : 1;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t from = (format == StoredFormat::int4 ? row + least(i, n - 1) : row / kScaleGroup) * groups + group;
+      const int valid = static_cast<int>(count);
+      store(scales + i * kScaleLine, m.bf16_scale ? load_n(static_cast<const uint16_t*>(m.scale) + from, valid)
+                                                  : load_n(static_cast<const float*>(m.scale) + from, valid));
+    }
+  }
+
+  // Columns [k, k + 128); k counts up in steps of 128.
+  [[gnu::always_inline]] void group(int64_t k, bool first) {
+    if constexpr (kScaledValues<format>) {
+      const int64_t g = k / kScaleGroup;
+      if (first || g % kScaleLine == 0) widen_scales(g / kScaleLine * kScaleLine);
+      scale = scales + g % kScaleLine;
+      decoder.group(scale);
+    }
+    stride = stored_bytes<format>(m.depth);
+    at = m.values + row * stride + stored_bytes<format>(k);
+    if (n < 16 || k + kScaleGroup > m.depth) pad(k);
+  }
+
+  [[gnu::noinline]] void pad(int64_t k) {
+    constexpr int64_t kRowBytes = stored_bytes<format>(kScaleGroup);
+    for (int64_t i = 0; i < 16; ++i) {
+      pad_stored<format>(at + least(i, n - 1) * stride, least(kScaleGroup, m.depth - k), kScaleGroup, padded + i * kRowBytes);
+    }
+    at = padded;
+    stride = kRowBytes;
+  }
+
+  template <class Word>
+  [[gnu::always_inline]] void four(int64_t i, Word word) const {
+    decoder.rows(kScaledValues<format> ? scale + i * kScaleLine : nullptr, at + i * stride, stride, word);
+  }
+};
+
+// One group of sixteen rows as words: word w of block b at out + (b * 16 + w) * ld, `blocks` of them.
+template <StoredFormat format>
+inline void words_of_group(const StoredRows<format>& rows, int64_t blocks, Pair* out, int64_t ld) {
+  alignas(64) __m512i lanes[16][4];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    rows.four(4 * g, [&](int w, P16 word) { lanes[w][g] = word.v; });
+  }
+  for (int w = 0; w < 16; ++w) {
+    __m512i r[4] = {lanes[w][0], lanes[w][1], lanes[w][2], lanes[w][3]};
+    exchange_quarters(r);
+    for (int64_t b = 0; b < blocks; ++b) _mm512_storeu_si512(out + (b * 16 + w) * ld, r[b]);
+  }
+}
+
+template <StoredFormat format>
+void pack_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int64_t depth, Pair* out) {
+  StoredRows<format> rows(m);
+  for (int64_t j = 0; j < kCols; j += 16) {
+    if (j >= n) {
+      for (int64_t w = 0; w < round_up(depth, 32) / 2; ++w) _mm512_storeu_si512(out + w * kCols + j, _mm512_setzero_si512());
+      continue;
+    }
+    rows.begin(row + j, least(16, n - j));
+    for (int64_t at = 0; at < depth; at += kScaleGroup) {
+      rows.group(k + at, at == 0);
+      words_of_group(rows, (least(kScaleGroup, depth - at) + 31) / 32, out + at / 2 * kCols + j, kCols);
+    }
+  }
+}
+
+// The words of one row, [blocks][tile's rows][16], each four times: word w of the four blocks of a group at out + w * 16.
+inline void spread_words(const Pair* tile, int64_t depth, Pair* out) {
+  const int64_t blocks = (depth + 31) / 32;
+  const __m512i fours = _mm512_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16, 0, 0, 0, 0, 16, 16, 16, 16);
+  for (int64_t b = 0; b < blocks; b += kGroupBlocks, tile += kGroupBlocks * kRows * 16, out += 16 * 16) {
+    __m512i block[4];
+    for (int i = 0; i < 4; ++i) block[i] = b + i < blocks ? _mm512_loadu_si512(tile + i * kRows * 16) : _mm512_setzero_si512();
+    for (int w = 0; w < 16; ++w) {
+      const __m512i at = _mm512_add_epi32(fours, _mm512_set1_epi32(w));
+      const __m512i first = _mm512_permutex2var_epi32(block[0], at, block[1]), second = _mm512_permutex2var_epi32(block[2], at, block[3]);
+      _mm512_storeu_si512(out + w * 16, _mm512_mask_blend_epi32(0xff00, first, second));
+    }
+  }
+}
+
+template <StoredFormat format>
+void row_times_stored(const StoredMatrix& m, const Pair* spread, int64_t row, int64_t cols, float* c, const uint8_t* next) {
+  const int64_t row_bytes = stored_bytes<format>(m.depth);
+  StoredRows<format> rows(m);
+  for (int64_t j = 0; j < cols; j += 16) {
+    FetchLines<4, 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? m.values + (row + j + 16) * row_bytes : next)};
+    rows.begin(row + j, least(16, cols - j));
+    V16 sum = zero();
+    const Pair* x = spread;
+    for (int64_t k = 0; k < m.depth; k += kScaleGroup, x += 16 * 16) {
+      if (fetch.at != nullptr) fetch(static_cast<int>(stored_bytes<format>(kScaleGroup) * 16 / 64));
+      rows.group(k, k == 0);
+      __m512i blocks[4];
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) {
+        V16 chain[2] = {zero(), zero()};
+        rows.four(4 * g, [&](int w, P16 word) { chain[w % 2] = fma(load(x + w * 16), word, chain[w % 2]); });
+        blocks[g] = _mm512_castps_si512(add(chain[0], chain[1]).v);
+      }
+      exchange_quarters(blocks);
+      for (int64_t b = 0; b < 4 && k + b * 32 < m.depth; ++b) sum = add(sum, V16{_mm512_castsi512_ps(blocks[b])});
+    }
+    store(c + j, sum);
+  }
+}
+
+// Of one row the tiles behind the first are free, and hold its words spread out.
+template <StoredFormat format>
+void tiles_times_stored(const StoredMatrix& m, int64_t rows, Pair* tiles, int64_t tile_words, int64_t row, int64_t cols, float* c,
+                        int64_t ldc, const uint8_t* next) {
+  alignas(64) Pair words[kGroupBlocks * 16 * 16];
+  alignas(64) float sums[kDirectTiles<Pair> * kRows * 16];
+  if (rows == 1) {
+    spread_words(tiles, m.depth, tiles + tile_words);
+    return row_times_stored<format>(m, tiles + tile_words, row, cols, c, next);
+  }
+  const int64_t row_bytes = stored_bytes<format>(m.depth);
+  StoredRows<format> of(m);
+  for (int64_t j = 0; j < cols; j += 16) {
+    std::memset(sums, 0, static_cast<size_t>(rows) * 64);
+    FetchLines<4, 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? m.values + (row + j + 16) * row_bytes : next)};
+    of.begin(row + j, least(16, cols - j));
+    for (int64_t k = 0; k < m.depth; k += kScaleGroup) {
+      if (fetch.at != nullptr) fetch(static_cast<int>(stored_bytes<format>(kScaleGroup) * 16 / 64));
+      const int64_t blocks = (least(kScaleGroup, m.depth - k) + 31) / 32;
+      of.group(k, k == 0);
+      words_of_group(of, blocks, words, 16);
+      for (int64_t b = 0; b < blocks; ++b) {
+        __m512i r[16];
+#pragma GCC unroll 16
+        for (int w = 0; w < 16; ++w) r[w] = _mm512_load_si512(words + (b * 16 + w) * 16);
+        const Pair* a = tiles + (k / 2 + b * 16) * kRows;
+        int64_t i = 0;
+        for (; i + kRows <= rows; i += kRows, a += tile_words) rows_times_block<kRows>(a, r, sums + 16 * i);
+        for (; i < rows; ++i, a += 16) rows_times_block<1>(a, r, sums + 16 * i);
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) store(c + i * ldc + j, load(sums + 16 * i));
+  }
+}
