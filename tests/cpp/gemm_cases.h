@@ -118,4 +118,63 @@ inline std::vector<uint32_t> run_gemms(const Shape& s, glmx::DType dtype, const 
   return bits;
 }
 
+struct StoredCase {
+  int64_t rows, E, N, K;  // rows of all experts together; N of a matrix
+  bool silu_mul;
+};
+
+inline const std::vector<StoredCase>& stored_cases() {
+  static const std::vector<StoredCase> cases = {{1, 1, 16, 128, false}, {1, 1, 33, 97, true},    {3, 1, 48, 256, false},
+                                                {7, 3, 66, 300, true},  {40, 2, 130, 520, true}, {1, 1, 150, 2180, false},
+                                                {100, 2, 70, 260, true}};
+  return cases;
+}
+
+// The bits of a forward with stored weights of random values; with a bias, scales of either dtype.
+inline std::vector<float> run_stored(const StoredCase& s, glmx::StoredFormat format, glmx::DType scale_dtype,
+                                     void (*forward)(const glmx::GroupedGemmParams&)) {
+  using glmx::StoredFormat;
+  std::mt19937 rng(11);
+  const int64_t parts = s.silu_mul ? 2 : 1, matrices = s.E * parts, groups = (s.K + 127) / 128;
+  const int64_t row_bytes = format == StoredFormat::int4 ? (s.K + 7) / 8 * 4 : format == StoredFormat::bf16 ? s.K * 2 : s.K;
+  const int64_t scales = format == StoredFormat::int4         ? s.N * groups
+                         : format == StoredFormat::fp8_blocks ? (s.N + 127) / 128 * groups
+                                                              : s.N;
+  std::vector<std::vector<uint8_t>> values, scale;
+  for (int64_t i = 0; i < matrices; ++i) {
+    values.emplace_back(s.N * row_bytes);
+    for (size_t j = 0; j < values.back().size(); ++j) {
+      const bool fp8 = format == StoredFormat::fp8 || format == StoredFormat::fp8_blocks;
+      values.back()[j] = static_cast<uint8_t>(rng() >> 7);
+      if (fp8 && (values.back()[j] & 0x7f) == 0x7f) values.back()[j] = 0;
+    }
+    for (int64_t j = 0; format == StoredFormat::bf16 && j < s.N * s.K; ++j) {
+      const uint16_t half = bf16_of(random_value(rng, "unit"));
+      std::memcpy(values.back().data() + 2 * j, &half, 2);
+    }
+    scale.emplace_back(scales * (scale_dtype == glmx::DType::bf16 ? 2 : 4));
+    for (int64_t j = 0; j < scales; ++j) {
+      const float f = 0.01f + 0.001f * random_value(rng, "unit");
+      const uint16_t half = bf16_of(f);
+      if (scale_dtype == glmx::DType::bf16) std::memcpy(scale.back().data() + 2 * j, &half, 2);
+      if (scale_dtype == glmx::DType::f32) std::memcpy(scale.back().data() + 4 * j, &f, 4);
+    }
+  }
+  std::vector<int64_t> table;
+  for (const auto& v : values) table.push_back(reinterpret_cast<int64_t>(v.data()));
+  for (const auto& v : scale) table.push_back(reinterpret_cast<int64_t>(v.data()));
+  std::vector<uint16_t> x(s.rows * s.K), bias(s.E * s.N * parts);
+  for (uint16_t& h : x) h = bf16_of(random_value(rng, "unit"));
+  for (uint16_t& h : bias) h = bf16_of(random_value(rng, "unit"));
+  std::vector<int32_t> offsets;
+  for (int64_t e = 0; e <= s.E; ++e) offsets.push_back(static_cast<int32_t>(s.rows * e / s.E));
+  std::vector<float> out(s.rows * s.N, -1.0f);
+  glmx::GroupedGemmParams p{};
+  p.x = x.data(), p.bias = bias.data(), p.expert_offsets = offsets.data(), p.out = out.data();
+  p.M = p.R = s.rows, p.N = s.N * parts, p.K = s.K, p.E = s.E, p.dtype = glmx::DType::bf16, p.out_dtype = glmx::DType::f32;
+  p.silu_mul = s.silu_mul, p.stored = {table.data(), format, scale_dtype};
+  forward(p);
+  return out;
+}
+
 }  // namespace test

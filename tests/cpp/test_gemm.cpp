@@ -28,27 +28,47 @@ void equal_to_base(const test::KernelSet& kernels, DType dtype) {
   }
 }
 
+void stored_equals_base(const test::KernelSet& kernels) {
+  for (glmx::StoredFormat format : {glmx::StoredFormat::bf16, glmx::StoredFormat::int8, glmx::StoredFormat::int4, glmx::StoredFormat::fp8,
+                                    glmx::StoredFormat::fp8_blocks}) {
+    for (DType scale : {DType::f32, DType::bf16}) {
+      int at = 0;
+      for (const test::StoredCase& c : test::stored_cases()) {
+        const std::vector<float> want = test::run_stored(c, format, scale, kBase.forward);
+        const std::vector<float> got = test::run_stored(c, format, scale, kernels.forward);
+        CHECK(std::memcmp(want.data(), got.data(), want.size() * 4) == 0, "stored case ", at, " of format ", static_cast<int>(format),
+              " differs");
+        ++at;
+      }
+    }
+  }
+}
+
 TEST(gemm, avx2_equals_base) {
   if (glmx::machine_isa() < Isa::avx2) SKIP("this CPU has no avx2");
   equal_to_base(kAvx2, DType::bf16);
   equal_to_base(kAvx2, DType::f32);
+  stored_equals_base(kAvx2);
 }
 
 TEST(gemm, avx512_equals_base) {
   if (glmx::machine_isa() < Isa::avx512) SKIP("this CPU has no avx512");
   equal_to_base(kAvx512, DType::bf16);
   equal_to_base(kAvx512, DType::f32);
+  stored_equals_base(kAvx512);
 }
 
 TEST(gemm, avx512_bf16_equals_base) {
   if (glmx::machine_isa() < Isa::avx512_bf16) SKIP("this CPU has no avx512_bf16");
   equal_to_base(kPairs, DType::bf16);
+  stored_equals_base(kPairs);
 }
 
 // The kernel packs and stores with AVX-512; its tiles are the software twin's.
 TEST(amx, software_twin_equals_base) {
   if (glmx::machine_isa() < Isa::avx512) SKIP("this CPU has no avx512");
   equal_to_base(kAmx, DType::bf16);
+  stored_equals_base(kAmx);
 }
 
 // A sum that was flushed to -0, then a last block of 2 steps whose products are flushed to -0: the 30 steps of zeros behind them make its

@@ -27,8 +27,10 @@ namespace {
 #include "cpu/avx512/vec.h"
 
 #include "cpu/amx/tile.h"
+#include "cpu/avx512/stored.h"
 #include "cpu/avx512/transpose.h"
 #include "cpu/inl/gemm_epilogue.inl"
+#include "cpu/inl/stored_matrix.inl"
 
 #include "cpu/amx/tile_gemm.h"
 
@@ -36,7 +38,7 @@ namespace {
 // the parts of the left operand (gate and up).
 struct Forward {
   const GroupedGemmParams& p;
-  static constexpr bool kLeftInPlace = true;
+  static constexpr bool kLeftWeights = true, kLeftInPlace = true;
   int64_t experts() const { return p.E; }
   int64_t halves() const { return p.silu_mul ? 2 : 1; }
   int64_t left(int64_t) const { return p.N / halves(); }
@@ -44,6 +46,7 @@ struct Forward {
   int64_t depth(int64_t) const { return p.K; }
   int64_t left_stride() const { return p.K; }
   const uint16_t* left_at(int64_t e, int64_t half, int64_t row, int64_t k) const {
+    if (p.stored.table != nullptr) return reinterpret_cast<const uint16_t*>(p.stored.table[e * halves() + half]) + row * p.K + k;
     return static_cast<const uint16_t*>(p.w) + (e * p.N + half * left(e) + row) * p.K + k;
   }
   void left_tile(int64_t e, int64_t half, int64_t row, int64_t n, int64_t k, int64_t depth, uint16_t* out) const {
@@ -65,9 +68,28 @@ struct Forward {
   void zero_tail() const { zero_forward(p, p.expert_offsets[p.E], p.R); }
 };
 
+// Stored weights are always packed: their tiles are made of 4 or 8 bits on the way.
+template <StoredFormat format>
+struct StoredForward : Forward {
+  static constexpr bool kLeftInPlace = false;
+  void left_tile(int64_t e, int64_t half, int64_t row, int64_t n, int64_t k, int64_t depth, uint16_t* out) const {
+    widen_stored<format>(stored_matrix(p, e, half), row, n, k, depth, out, 32);
+  }
+};
+
+void run_stored(const GroupedGemmParams& p) {
+  switch (p.stored.format) {
+    case StoredFormat::bf16: return run(Forward{p});
+    case StoredFormat::int8: return run(StoredForward<StoredFormat::int8>{{p}});
+    case StoredFormat::int4: return run(StoredForward<StoredFormat::int4>{{p}});
+    case StoredFormat::fp8: return run(StoredForward<StoredFormat::fp8>{{p}});
+    case StoredFormat::fp8_blocks: return run(StoredForward<StoredFormat::fp8_blocks>{{p}});
+  }
+}
+
 struct Dgrad {
   const GroupedGemmDgradParams& p;
-  static constexpr bool kLeftInPlace = false;
+  static constexpr bool kLeftWeights = false, kLeftInPlace = false;
   int64_t experts() const { return p.E; }
   int64_t halves() const { return 1; }
   int64_t left(int64_t e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
@@ -95,7 +117,7 @@ struct Dgrad {
 
 struct Wgrad {
   const GroupedGemmWgradParams& p;
-  static constexpr bool kLeftInPlace = false;
+  static constexpr bool kLeftWeights = false, kLeftInPlace = false;
   int64_t experts() const { return p.E; }
   int64_t halves() const { return 1; }
   int64_t left(int64_t e) const { return p.accumulate && depth(e) == 0 ? 0 : p.N; }
@@ -120,7 +142,7 @@ struct Wgrad {
 };
 }  // namespace
 
-void grouped_gemm(const GroupedGemmParams& p) { run(Forward{p}); }
+void grouped_gemm(const GroupedGemmParams& p) { p.stored.table != nullptr ? run_stored(p) : run(Forward{p}); }
 void grouped_gemm_dgrad(const GroupedGemmDgradParams& p) { run(Dgrad{p}); }
 void grouped_gemm_wgrad(const GroupedGemmWgradParams& p) { run(Wgrad{p}); }
 }  // namespace glmx::cpu::amx

@@ -32,7 +32,7 @@ namespace {
 // Left and right operand, as in grouped_gemm.cpp.
 struct RowWeights {  // w [A, N, K] @ x^T
   const HeadGemmParams& p;
-  static constexpr bool kLeftInPlace = true;
+  static constexpr bool kLeftWeights = true, kLeftInPlace = true;
   int64_t experts() const { return p.A; }
   int64_t halves() const { return 1; }
   int64_t left(int64_t) const { return p.N; }
@@ -59,7 +59,7 @@ struct RowWeights {  // w [A, N, K] @ x^T
 
 struct ColumnWeights {  // x @ w [A, K, N]
   const HeadGemmParams& p;
-  static constexpr bool kLeftInPlace = false;
+  static constexpr bool kLeftWeights = false, kLeftInPlace = false;
   int64_t experts() const { return p.A; }
   int64_t halves() const { return 1; }
   int64_t left(int64_t) const { return p.T; }
@@ -85,7 +85,7 @@ struct ColumnWeights {  // x @ w [A, K, N]
 
 struct HeadWgrad {
   const HeadGemmWgradParams& p;
-  static constexpr bool kLeftInPlace = false;
+  static constexpr bool kLeftWeights = false, kLeftInPlace = false;
   int64_t experts() const { return p.A; }
   int64_t halves() const { return 1; }
   int64_t left(int64_t) const { return p.N; }

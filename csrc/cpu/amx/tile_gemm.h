@@ -65,7 +65,7 @@ template <class Op>
 inline Cut cut(const Op& op, int64_t e) {
   const int64_t left = op.left(e), right = op.right(e);
   if (left == 0 || right == 0) return {};
-  const int64_t most_left = (Op::kLeftInPlace && right <= kFewRight ? kLeftOfFew : kLeft) / op.halves();
+  const int64_t most_left = (Op::kLeftWeights && right <= kFewRight ? kLeftOfFew : kLeft) / op.halves();
   Cut c;
   const int64_t left_blocks = (left + most_left - 1) / most_left, right_blocks = (right + kRight - 1) / kRight;
   c.left_rows = round_up((left + left_blocks - 1) / left_blocks, 32);

@@ -1,4 +1,5 @@
-// A matrix of stored weights (StoredWeights of ops.h), as its kernels see it. Included inside an anonymous namespace.
+// A matrix of stored weights (StoredWeights of ops.h), as its kernels see it, and its values as bf16.
+// Included after vec.h and the ISA's stored.h, inside their anonymous namespace.
 #pragma once
 #include "cpu/inl/sizes.inl"
 
@@ -43,5 +44,43 @@ void pad_stored(const uint8_t* from, int64_t valid, int64_t values, uint8_t* out
   } else if (valid > 0) {
     std::memcpy(out, from, static_cast<size_t>((valid + 1) / 2));
     if (valid % 2 != 0) out[valid / 2] = static_cast<uint8_t>((out[valid / 2] & 0x0f) | 0x80);
+  }
+}
+
+inline StoredMatrix stored_matrix(const GroupedGemmParams& p, int64_t e, int64_t half) {
+  const int64_t parts = p.silu_mul ? 2 : 1, i = e * parts + half;
+  return {reinterpret_cast<const uint8_t*>(p.stored.table[i]), reinterpret_cast<const void*>(p.stored.table[p.E * parts + i]), p.N / parts,
+          p.K, p.stored.scale_dtype == DType::bf16};
+}
+
+// Rows [row, row + n) of 16, columns [k, k + depth) of one group -> bf16 [16][stride], zeros to the next multiple of 32 columns.
+template <StoredFormat format>
+void widen_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int64_t depth, uint16_t* out, int64_t stride) {
+  for (int64_t i = 0; i < 16; ++i, out += stride) {
+    if (i >= n) {
+      std::memset(out, 0, static_cast<size_t>(round_up(depth, 32)) * 2);
+      continue;
+    }
+    const uint8_t* from = m.values + (row + i) * stored_bytes<format>(m.depth) + stored_bytes<format>(k);
+    const V16 scale = set1(kScaledValues<format> ? stored_scale_at<format>(m, row + i, k) : 1.0f);
+    for (int64_t j = 0; j < depth; j += 32) {
+      const uint8_t* p = from + stored_bytes<format>(j);
+      uint8_t padded[32];
+      if (depth - j < 32) {
+        pad_stored<format>(p, depth - j, 32, padded);
+        p = padded;
+      }
+      V16 first, second;
+      if constexpr (format == StoredFormat::int4) {
+        load_int4(p, first, second);
+      } else if constexpr (format == StoredFormat::int8) {
+        first = load_int8(p), second = load_int8(p + 16);
+      } else {
+        first = load_e4m3(p), second = load_e4m3(p + 16);
+      }
+      if constexpr (kScaledValues<format>) first = mul(first, scale), second = mul(second, scale);
+      store(out + j, first);
+      store(out + j + 16, second);
+    }
   }
 }

@@ -1,40 +1,8 @@
 // The forward of grouped_gemm with weights as a checkpoint stores them (StoredWeights of ops.h): values of 4 or 8 bits become bf16 in L1,
 // 16 rows x 128 columns at a time, and from there on the product is that of bf16 weights.
-// Included after gemm_tile.inl, the ISA's stored.h and, where there are pairs, stored_words.h, inside their anonymous namespace.
+// Included by grouped_gemm.inl.
 #pragma once
 #include "cpu/inl/stored_matrix.inl"
-
-// Rows [row, row + n) of 16, columns [k, k + depth) of one group -> bf16 [16][stride], zeros to the next multiple of 32 columns.
-template <StoredFormat format>
-void widen_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int64_t depth, uint16_t* out, int64_t stride) {
-  for (int64_t i = 0; i < 16; ++i, out += stride) {
-    if (i >= n) {
-      std::memset(out, 0, static_cast<size_t>(round_up(depth, 32)) * 2);
-      continue;
-    }
-    const uint8_t* from = m.values + (row + i) * stored_bytes<format>(m.depth) + stored_bytes<format>(k);
-    const V16 scale = set1(kScaledValues<format> ? stored_scale_at<format>(m, row + i, k) : 1.0f);
-    for (int64_t j = 0; j < depth; j += 32) {
-      const uint8_t* p = from + stored_bytes<format>(j);
-      uint8_t padded[32];
-      if (depth - j < 32) {
-        pad_stored<format>(p, depth - j, 32, padded);
-        p = padded;
-      }
-      V16 first, second;
-      if constexpr (format == StoredFormat::int4) {
-        load_int4(p, first, second);
-      } else if constexpr (format == StoredFormat::int8) {
-        first = load_int8(p), second = load_int8(p + 16);
-      } else {
-        first = load_e4m3(p), second = load_e4m3(p + 16);
-      }
-      if constexpr (kScaledValues<format>) first = mul(first, scale), second = mul(second, scale);
-      store(out + j, first);
-      store(out + j + 16, second);
-    }
-  }
-}
 
 // sums [n][16] += rows of a tile, one block of 32, @ 16 rows of w.
 template <int rows = kRows>
@@ -89,11 +57,7 @@ void pack_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int64
 template <StoredFormat format>
 struct StoredForward : Forward<uint16_t> {
   using Forward<uint16_t>::p;
-  StoredMatrix matrix(int64_t e, int64_t half) const {
-    const int64_t i = e * halves() + half;
-    return {reinterpret_cast<const uint8_t*>(p.stored.table[i]), reinterpret_cast<const void*>(p.stored.table[p.E * halves() + i]), width(),
-            p.K, p.stored.scale_dtype == DType::bf16};
-  }
+  StoredMatrix matrix(int64_t e, int64_t half) const { return stored_matrix(p, e, half); }
   const uint8_t* weights(int64_t e, int64_t half, int64_t row) const { return matrix(e, half).values + row * stride(); }
   int64_t stride() const { return stored_bytes<format>(p.K); }
   static constexpr int64_t stored(int64_t values) { return stored_bytes<format>(values); }

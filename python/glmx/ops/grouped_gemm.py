@@ -263,7 +263,7 @@ def linear(
         check_dim(w, "w", 2)
         check_same_dtype(w, "w", x.dtype)
     N, K = w.shape[-2:]
-    if x.dim() < 1 or K != x.shape[-1]:
+    if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"w: expected w.shape[-1] == x.shape[-1]: got {list(w.shape)}, x is {list(x.shape)}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias: expected shape [{N}] (w.shape[-2]): got {list(bias.shape)}")
