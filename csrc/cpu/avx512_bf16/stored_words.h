@@ -67,17 +67,19 @@ constexpr ByteTable kNegativeBytes = byte_table([](int i) { return static_cast<f
   r[1] = _mm512_shuffle_i32x4(c, d, 0x88), r[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
-// A decoder: `group(scales)` sets it up for a group of 16 rows, scales [i * kScaleLine] of row i (of fp8_blocks, all the same), and
-// `rows(i, p, stride, word)` calls word(w, P16) for words w in order of four rows from i, lanes [block][row].
 constexpr int64_t kScaleLine = 16;  // groups whose scales are widened at a time
 
+// How a format becomes words. `group(scale)` prepares for a group of 128 columns. `pack` brings four rows of it, at p and p + stride, into
+// lanes [block][row]: kPacked registers. `expand` calls word(i, P16) for the kWords words in one of them, the next ones of each lane;
+// `of` is table(scales) of the four rows, scales [i * kScaleLine] of row i.
 template <StoredFormat format>
 struct Decoder {
+  static constexpr int kPacked = 8, kWords = 2;
+  struct Table {};
   __m512i low[2], high[2], negative[2];
 
-  Decoder() { set(format == StoredFormat::int8 ? kPositiveBytes : kE4m3Bytes); }
-
-  void set(const ByteTable& t) {
+  Decoder() {
+    const ByteTable& t = format == StoredFormat::int8 ? kPositiveBytes : kE4m3Bytes;
     for (int i = 0; i < 2; ++i) {
       low[i] = _mm512_load_si512(t.low + 64 * i);
       high[i] = _mm512_load_si512(t.high + 64 * i);
@@ -85,10 +87,9 @@ struct Decoder {
     }
   }
 
-  // The table of bf16(value * scale).
-  void group(const float* scales) {
+  void group(const float* scale_of_block) {
     if constexpr (format == StoredFormat::fp8_blocks) {
-      const __m512 scale = _mm512_set1_ps(*scales);
+      const __m512 scale = _mm512_set1_ps(*scale_of_block);
       __m256i lower[4], upper[4];
       for (int i = 0; i < 4; ++i) {
         const __m512 a = _mm512_mul_ps(_mm512_load_ps(kE4m3.at + 32 * i), scale);
@@ -103,9 +104,10 @@ struct Decoder {
     }
   }
 
-  template <class Word>
-  [[gnu::always_inline]] void rows(const float*, const uint8_t* p, int64_t stride, Word word) const {
-    // Of each dword, in every lane of a block: values k + 2 and k of the four rows, then k + 3 and k + 1.
+  Table table(const float*) const { return {}; }
+
+  // Of each dword: values k + 2 and k of the four rows, then k + 3 and k + 1.
+  [[gnu::always_inline]] static void pack(const uint8_t* p, int64_t stride, __m512i* out) {
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 0, 6, 4, 10, 8, 14, 12, 3, 1, 7, 5, 11, 9, 15, 13));
     __m512i row[4], first[4], second[4];
 #pragma GCC unroll 4
@@ -114,58 +116,65 @@ struct Decoder {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) row[i] = _mm512_loadu_si512(p + i * stride + 64);
     transpose_quarters(row, second);
-#pragma GCC unroll 8
-    for (int d = 0; d < 8; ++d) {  // dwords of a block
-      const __m512i four =
-          d < 4 ? _mm512_shuffle_i32x4(first[d % 4], second[d % 4], 0x88) : _mm512_shuffle_i32x4(first[d % 4], second[d % 4], 0xdd);
-      const __m512i bytes = _mm512_shuffle_epi8(four, order);
-      __m512i lower, upper;
-      if constexpr (format == StoredFormat::int8) {
-        lower = _mm512_permutex2var_epi8(low[0], _mm512_abs_epi8(bytes), low[1]);
-        upper = _mm512_permutex2var_epi8(high[0], bytes, high[1]);
-        const __mmask64 below = _mm512_movepi8_mask(bytes);
-        upper = _mm512_mask_blend_epi8(below, upper, _mm512_permutex2var_epi8(negative[0], bytes, negative[1]));
-      } else {
-        lower = _mm512_permutex2var_epi8(low[0], bytes, low[1]);
-        upper = _mm512_permutex2var_epi8(high[0], bytes, high[1]);
-        upper = _mm512_ternarylogic_epi32(upper, bytes, _mm512_set1_epi8(static_cast<char>(0x80)), 0x78);  // a ^ (b & c)
-      }
-      word(2 * d, P16{_mm512_unpacklo_epi8(lower, upper)});
-      word(2 * d + 1, P16{_mm512_unpackhi_epi8(lower, upper)});
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      out[c] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(first[c], second[c], 0x88), order);
+      out[4 + c] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(first[c], second[c], 0xdd), order);
     }
+  }
+
+  template <class Word>
+  [[gnu::always_inline]] void expand(const Table&, __m512i bytes, Word word) const {
+    const __m512i lower = _mm512_permutex2var_epi8(low[0], format == StoredFormat::int8 ? _mm512_abs_epi8(bytes) : bytes, low[1]);
+    __m512i upper = _mm512_permutex2var_epi8(high[0], bytes, high[1]);
+    if constexpr (format == StoredFormat::int8) {
+      const __m512i below = _mm512_permutex2var_epi8(negative[0], bytes, negative[1]);
+      upper = _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), upper, below);
+    } else {
+      upper = _mm512_ternarylogic_epi32(upper, bytes, _mm512_set1_epi8(static_cast<char>(0x80)), 0x78);  // a ^ (b & c)
+    }
+    word(0, P16{_mm512_unpacklo_epi8(lower, upper)});
+    word(1, P16{_mm512_unpackhi_epi8(lower, upper)});
   }
 };
 
 template <>
 struct Decoder<StoredFormat::int4> {
+  static constexpr int kPacked = 4, kWords = 4;
+  // bf16(value * scale) of four rows, 16 words each: the 64 words of a vpermi2w. Bits 4 and 5 of an index are the row.
+  struct Table {
+    __m512i rows01, rows23;
+  };
+
   void group(const float*) {}
 
-  // Four rows' tables of bf16(value * scale), 16 each, are the 64 words that vpermi2w takes: bits 4 and 5 of an index are the row.
-  template <class Word>
-  [[gnu::always_inline]] void rows(const float* scales, const uint8_t* p, int64_t stride, Word word) const {
+  [[gnu::always_inline]] static Table table(const float* scales) {
     const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const auto table = [&](int i) { return _mm512_mul_ps(values, _mm512_set1_ps(scales[i * kScaleLine])); };
-    const __m512i upper_rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(table(1), table(0)));
-    const __m512i lower_rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(table(3), table(2)));
-    // Where in a qword, two rows' dwords, the words of an index begin: value k + 2 in the lower half, k in the upper.
-    const auto where = [](int low, int high) {
-      return _mm512_set1_epi64(
-          static_cast<long long>(low | high << 16 | static_cast<uint64_t>(low + 32) << 32 | static_cast<uint64_t>(high + 32) << 48));
-    };
-    const __m512i at[4] = {where(8, 0), where(12, 4), where(24, 16), where(28, 20)};
-    const __m512i nibble = _mm512_set1_epi16(15);
-    const __m512i row_of = _mm512_set4_epi32(0x00300030, 0x00200020, 0x00100010, 0);
+    const auto row = [&](int i) { return _mm512_mul_ps(values, _mm512_set1_ps(scales[i * kScaleLine])); };
+    return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(row(1), row(0))), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(row(3), row(2)))};
+  }
+
+  [[gnu::always_inline]] static void pack(const uint8_t* p, int64_t stride, __m512i* out) {
     __m512i row[4], four[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) row[i] = _mm512_loadu_si512(p + i * stride);
     transpose_quarters(row, four);
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
+    for (int i = 0; i < 4; ++i) out[i] = four[i];
+  }
+
+  template <class Word>
+  [[gnu::always_inline]] static void expand(const Table& of, __m512i dwords, Word word) {
+    // Where in a qword, two rows' dwords, the words of an index begin: value k + 2 in the lower half, k in the upper.
+    const auto where = [](uint64_t low, uint64_t high) {
+      return _mm512_set1_epi64(static_cast<long long>(low | high << 16 | (low + 32) << 32 | (high + 32) << 48));
+    };
+    const __m512i at[4] = {where(8, 0), where(12, 4), where(24, 16), where(28, 20)};
+    const __m512i nibble = _mm512_set1_epi16(15), row_of = _mm512_set4_epi32(0x00300030, 0x00200020, 0x00100010, 0);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m512i index = _mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(at[i], four[c]), nibble, row_of, 0xea);  // a & b | c
-        word(4 * c + i, P16{_mm512_permutex2var_epi16(upper_rows, index, lower_rows)});
-      }
+    for (int i = 0; i < 4; ++i) {
+      const __m512i index = _mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(at[i], dwords), nibble, row_of, 0xea);  // (a & b) | c
+      word(i, P16{_mm512_permutex2var_epi16(of.rows01, index, of.rows23)});
     }
   }
 };
@@ -219,19 +228,26 @@ struct StoredRows {
     stride = kRowBytes;
   }
 
-  template <class Word>
-  [[gnu::always_inline]] void four(int64_t i, Word word) const {
-    decoder.rows(kScaledValues<format> ? scale + i * kScaleLine : nullptr, at + i * stride, stride, word);
+  [[gnu::always_inline]] void pack(int64_t four, __m512i* out) const { Decoder<format>::pack(at + four * 4 * stride, stride, out); }
+  [[gnu::always_inline]] auto table(int64_t four) const {
+    return decoder.table(kScaledValues<format> ? scale + four * 4 * kScaleLine : nullptr);
   }
 };
 
 // One group of sixteen rows as words: word w of block b at out + (b * 16 + w) * ld, `blocks` of them.
 template <StoredFormat format>
 inline void words_of_group(const StoredRows<format>& rows, int64_t blocks, Pair* out, int64_t ld) {
+  using D = Decoder<format>;
   alignas(64) __m512i lanes[16][4];
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) {
-    rows.four(4 * g, [&](int w, P16 word) { lanes[w][g] = word.v; });
+  for (int four = 0; four < 4; ++four) {
+    const auto table = rows.table(four);
+    __m512i packed[D::kPacked];
+    rows.pack(four, packed);
+#pragma GCC unroll 8
+    for (int d = 0; d < D::kPacked; ++d) {
+      rows.decoder.expand(table, packed[d], [&](int i, P16 word) { lanes[d * D::kWords + i][four] = word.v; });
+    }
   }
   for (int w = 0; w < 16; ++w) {
     __m512i r[4] = {lanes[w][0], lanes[w][1], lanes[w][2], lanes[w][3]};
@@ -256,13 +272,13 @@ void pack_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int64
   }
 }
 
-// The words of one row, [blocks][tile's rows][16], each four times: word w of the four blocks of a group at out + w * 16.
-inline void spread_words(const Pair* tile, int64_t depth, Pair* out) {
+// The words of one row of a tile, each four times: word w of the four blocks of a group at out + w * 16.
+inline void spread_words(const Pair* row, int64_t depth, Pair* out) {
   const int64_t blocks = (depth + 31) / 32;
   const __m512i fours = _mm512_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16, 0, 0, 0, 0, 16, 16, 16, 16);
-  for (int64_t b = 0; b < blocks; b += kGroupBlocks, tile += kGroupBlocks * kRows * 16, out += 16 * 16) {
+  for (int64_t b = 0; b < blocks; b += kGroupBlocks, row += kGroupBlocks * kRows * 16, out += 16 * 16) {
     __m512i block[4];
-    for (int i = 0; i < 4; ++i) block[i] = b + i < blocks ? _mm512_loadu_si512(tile + i * kRows * 16) : _mm512_setzero_si512();
+    for (int i = 0; i < 4; ++i) block[i] = b + i < blocks ? _mm512_loadu_si512(row + i * kRows * 16) : _mm512_setzero_si512();
     for (int w = 0; w < 16; ++w) {
       const __m512i at = _mm512_add_epi32(fours, _mm512_set1_epi32(w));
       const __m512i first = _mm512_permutex2var_epi32(block[0], at, block[1]), second = _mm512_permutex2var_epi32(block[2], at, block[3]);
@@ -271,42 +287,87 @@ inline void spread_words(const Pair* tile, int64_t depth, Pair* out) {
   }
 }
 
-template <StoredFormat format>
-void row_times_stored(const StoredMatrix& m, const Pair* spread, int64_t row, int64_t cols, float* c, const uint8_t* next) {
+// c [rows][ldc] = rows of x, spread, `x_stride` words apart, @ rows [row, row + cols) of m. kFours times four rows of weights are in
+// flight: a chain of vdpbf16ps waits for itself, so there are eight at least.
+template <StoredFormat format, int rows>
+void rows_times_stored(const StoredMatrix& m, const Pair* spread, int64_t x_stride, int64_t row, int64_t cols, float* c, int64_t ldc,
+                       const uint8_t* next) {
+  using D = Decoder<format>;
+  constexpr int kFours = rows == 1 ? 4 : 2;
   const int64_t row_bytes = stored_bytes<format>(m.depth);
-  StoredRows<format> rows(m);
+  StoredRows<format> of(m);
+  alignas(64) __m512i packed[kFours][D::kPacked];
   for (int64_t j = 0; j < cols; j += 16) {
     FetchLines<4, 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? m.values + (row + j + 16) * row_bytes : next)};
-    rows.begin(row + j, least(16, cols - j));
-    V16 sum = zero();
+    of.begin(row + j, least(16, cols - j));
+    V16 sum[rows];
+    for (int i = 0; i < rows; ++i) sum[i] = zero();
     const Pair* x = spread;
     for (int64_t k = 0; k < m.depth; k += kScaleGroup, x += 16 * 16) {
       if (fetch.at != nullptr) fetch(static_cast<int>(stored_bytes<format>(kScaleGroup) * 16 / 64));
-      rows.group(k, k == 0);
-      __m512i blocks[4];
+      of.group(k, k == 0);
+      __m512i blocks[rows][4];
+#pragma GCC unroll 2
+      for (int first = 0; first < 4; first += kFours) {
+        decltype(of.table(0)) table[kFours];
+        V16 chain[kFours][rows][2];
 #pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) {
-        V16 chain[2] = {zero(), zero()};
-        rows.four(4 * g, [&](int w, P16 word) { chain[w % 2] = fma(load(x + w * 16), word, chain[w % 2]); });
-        blocks[g] = _mm512_castps_si512(add(chain[0], chain[1]).v);
+        for (int f = 0; f < kFours; ++f) {
+          of.pack(first + f, packed[f]);
+          table[f] = of.table(first + f);
+#pragma GCC unroll 4
+          for (int i = 0; i < rows; ++i) chain[f][i][0] = chain[f][i][1] = zero();
+        }
+#pragma GCC unroll 8
+        for (int d = 0; d < D::kPacked; ++d) {
+#pragma GCC unroll 4
+          for (int f = 0; f < kFours; ++f) {
+            of.decoder.expand(table[f], packed[f][d], [&](int w, P16 word) {
+#pragma GCC unroll 4
+              for (int i = 0; i < rows; ++i) {
+                V16& sums = chain[f][i][w % 2];
+                sums = fma(load(x + i * x_stride + (d * D::kWords + w) * 16), word, sums);
+              }
+            });
+          }
+        }
+#pragma GCC unroll 4
+        for (int f = 0; f < kFours; ++f) {
+#pragma GCC unroll 4
+          for (int i = 0; i < rows; ++i) blocks[i][first + f] = _mm512_castps_si512(add(chain[f][i][0], chain[f][i][1]).v);
+        }
       }
-      exchange_quarters(blocks);
-      for (int64_t b = 0; b < 4 && k + b * 32 < m.depth; ++b) sum = add(sum, V16{_mm512_castsi512_ps(blocks[b])});
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        exchange_quarters(blocks[i]);
+        for (int64_t b = 0; b < 4 && k + b * 32 < m.depth; ++b) sum[i] = add(sum[i], V16{_mm512_castsi512_ps(blocks[i][b])});
+      }
     }
-    store(c + j, sum);
+    for (int i = 0; i < rows; ++i) store(c + i * ldc + j, sum[i]);
   }
 }
 
-// Of one row the tiles behind the first are free, and hold its words spread out.
+template <StoredFormat format, int rows = kRows>
+void rows_times_stored_n(int64_t n, const StoredMatrix& m, const Pair* spread, int64_t x_stride, int64_t row, int64_t cols, float* c,
+                         int64_t ldc, const uint8_t* next) {
+  if constexpr (rows > 1) {
+    if (n < rows) return rows_times_stored_n<format, rows - 1>(n, m, spread, x_stride, row, cols, c, ldc, next);
+  }
+  rows_times_stored<format, rows>(m, spread, x_stride, row, cols, c, ldc, next);
+}
+
+// Of one tile the room of the others is free, and holds its words spread out.
 template <StoredFormat format>
 void tiles_times_stored(const StoredMatrix& m, int64_t rows, Pair* tiles, int64_t tile_words, int64_t row, int64_t cols, float* c,
                         int64_t ldc, const uint8_t* next) {
+  if (rows <= kRows) {
+    Pair* spread = tiles + tile_words;
+    const int64_t x_stride = round_up(m.depth, kScaleGroup) * 2;
+    for (int64_t i = 0; i < rows; ++i) spread_words(tiles + i * 16, m.depth, spread + i * x_stride);
+    return rows_times_stored_n<format>(rows, m, spread, x_stride, row, cols, c, ldc, next);
+  }
   alignas(64) Pair words[kGroupBlocks * 16 * 16];
   alignas(64) float sums[kDirectTiles<Pair> * kRows * 16];
-  if (rows == 1) {
-    spread_words(tiles, m.depth, tiles + tile_words);
-    return row_times_stored<format>(m, tiles + tile_words, row, cols, c, next);
-  }
   const int64_t row_bytes = stored_bytes<format>(m.depth);
   StoredRows<format> of(m);
   for (int64_t j = 0; j < cols; j += 16) {

@@ -82,7 +82,8 @@ void run_few(const Op& op, bool cold, int64_t e, int64_t row0, int64_t rows, int
   using W = typename Op::W;
   const int64_t halves = op.halves(), width = round_up(cols, 16), ldc = halves * width, depth = op.depth(e);
   const int64_t words = round_up(depth, 32) / kPerWord<W>, tile_words = kRows * words;
-  float* c = static_cast<float*>(thread_scratch(Scratch::item, kDirectRows<W> * (ldc + words) * 4));
+  const int64_t room = kDirectRows<W> * round_up(words, 64);  // words; the tiles, or what a few rows of stored weights make of them
+  float* c = static_cast<float*>(thread_scratch(Scratch::item, (kDirectRows<W> * ldc + room) * 4));
   W* tiles = reinterpret_cast<W*>(c + kDirectRows<W> * ldc);
   for (int64_t i = 0; i < rows; i += kRows) op.pack_rows(e, row0 + i, least(kRows, rows - i), 0, depth, tiles + i * words);
   for (int64_t half = 0; half < halves; ++half) {
