@@ -1,8 +1,7 @@
 """Shared inputs of the op tests, and `evaluate`, which runs one. Above 800 lines: one list that all op tests read.
 
-Values come from integers, so they have the same bits on every machine (torch.randn does not). The same cases
-feed the oracle tests, the repeat tests, the ISA comparison and the golden bits. Legend: T tokens, H hidden, E
-experts, K top-k, M/N/K GEMM sizes.
+The same cases feed the oracle tests, the repeat tests, the ISA comparison and the golden bits. Legend: T tokens,
+H hidden, E experts, K top-k, M/N/K GEMM sizes.
 """
 
 from __future__ import annotations
@@ -10,17 +9,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from glmx import reference
-
-BF16, F32 = torch.bfloat16, torch.float32
-DTYPES = (F32, BF16)
-NAN, INF = float("nan"), float("inf")
+from tests.ops import stored_cases
+from tests.ops.inputs import BF16, DTYPES, F32, INF, NAN, Case, ids, offsets_of, spread, tag, topk_ids, values, wild
 
 # The op's public functions by stem: golden bits and revisions are per stem.
 STEMS = {
@@ -47,59 +43,6 @@ STEMS = {
     "sample": ("sample",),
     "mtp_verify": ("mtp_verify",),
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call: `make()` gives the keyword arguments of glmx.ops.<op>, `grads` the arguments to
-    differentiate.
-    """
-
-    op: str
-    name: str
-    make: Callable[[], dict[str, Any]]
-    grads: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.op}-{self.name}"
-
-
-def values(*shape: int, seed: int = 0, dtype: torch.dtype = F32, scale: float = 1.0) -> torch.Tensor:
-    """Bell-shaped values of unit variance times `scale`, exact functions of the seed."""
-    g = torch.Generator().manual_seed(seed)
-    total = sum(torch.randint(-(2**20), 2**20, shape, generator=g, dtype=torch.int64) for _ in range(3))
-    return (total.double() * (scale / 2**20)).to(dtype)
-
-
-def spread(*shape: int, seed: int = 0, dtype: torch.dtype = F32, low: int = -60, high: int = 60) -> torch.Tensor:
-    """Values whose exponents are uniform in [low, high]."""
-    g = torch.Generator().manual_seed(seed + 1000)
-    exponent = torch.randint(low, high + 1, shape, generator=g).double()
-    return (values(*shape, seed=seed).double() * torch.exp2(exponent)).to(dtype)
-
-
-def wild(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> torch.Tensor:
-    """The whole range of the format: denormals, tiny, huge, zeros of both signs, infinities and a NaN."""
-    x = spread(*shape, seed=seed, dtype=torch.float64, low=-140, high=126)
-    flat = x.view(-1)
-    special = [0.0, -0.0, 1e-40, -1e-39, 2.0**-126, 3.3e38, -3.3e38, INF, -INF, NAN]
-    for i, value in enumerate(special):
-        if flat.numel() > 0:
-            flat[(i * 37 + 5) % flat.numel()] = value
-    return x.to(dtype)
-
-
-def ids(*shape: int, high: int, seed: int = 0, low: int = 0, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high, shape, generator=g, dtype=dtype)
-
-
-def offsets_of(counts: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
-
-
-def tag(dtype: torch.dtype) -> str:
-    return {F32: "fp32", BF16: "bf16"}[dtype]
 
 
 # --- row-wise ops
@@ -474,20 +417,6 @@ def route_topk_cases() -> Iterator[Case]:
 def ties(T: int, E: int, seed: int = 0) -> torch.Tensor:
     """Few distinct values: most selections are ties."""
     return ids(T, E, low=-1, high=2, seed=seed).float() * 0.5
-
-
-def topk_ids(T: int, K: int, E: int, seed: int = 0, holes: bool = False) -> torch.Tensor:
-    """Distinct expert ids per token; with holes some are -1. Experts differ in popularity and some stay
-    empty.
-    """
-    g = torch.Generator().manual_seed(seed)
-    out = torch.empty(T, K, dtype=torch.int32)
-    for t in range(T):
-        used = torch.randperm(max(K, E - E // 4), generator=g)[:K]
-        out[t] = used.int()
-    if holes and T:
-        out[torch.randint(0, 3, (T, K), generator=g) == 0] = -1
-    return out
 
 
 def expert_plan_cases() -> Iterator[Case]:
@@ -1378,6 +1307,9 @@ def mtp_verify_cases() -> Iterator[Case]:
 CASES: dict[str, list[Case]] = {
     stem: list(globals()[f"{stem}_cases"]()) for stem in STEMS if f"{stem}_cases" in globals()
 }
+for stored_format in stored_cases.FORMATS:
+    CASES["grouped_gemm"] += [*stored_cases.grouped(stored_format), *stored_cases.linears(stored_format)]
+    CASES["moe_mlp"] += stored_cases.moe(stored_format)
 
 
 def cases(op: str, *, wild: bool = True) -> list[Case]:
@@ -1386,6 +1318,11 @@ def cases(op: str, *, wild: bool = True) -> list[Case]:
     """
     found = [case for stem, names in STEMS.items() if op in names for case in CASES[stem] if case.op == op]
     return found if wild else [case for case in found if not any(w in case.name for w in ("wild", "nan-rows"))]
+
+
+def dense_cases(op: str, *, wild: bool = True) -> list[Case]:
+    """Those whose weights are tensors; test_stored_weight.py judges the others."""
+    return [case for case in cases(op, wild=wild) if not case.name.startswith("stored-")]
 
 
 # --- running a case

@@ -11,7 +11,7 @@ import torch
 
 from glmx import ops, reference
 from glmx.reference.gemm_tree import flush32, gemm_tree, round32_sum
-from tests.ops.cases import BF16, DTYPES, F32, NAN, Case, cases, cotangent, evaluate, same_bits, values
+from tests.ops.cases import BF16, DTYPES, F32, NAN, Case, cotangent, dense_cases, evaluate, same_bits, values
 from tests.ops.checks import F64, TINY, U32, UNIT, assert_within, gemm_bound, gemm_unit, rounding
 from tests.ops.test_silu_mul import SILU_UNITS, backward_bound
 
@@ -58,7 +58,9 @@ def accumulators(kwargs: dict[str, Any]) -> torch.Tensor:
 
 # The epilogue's polynomial is not emulated: silu_mul is judged by the fp64 oracle and by the bits across
 # ISAs.
-@pytest.mark.parametrize("case", [c for c in cases("grouped_gemm") + cases("linear") if "silu1" not in c.name], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in dense_cases("grouped_gemm") + dense_cases("linear") if "silu1" not in c.name], ids=str
+)
 def test_forward_has_the_bits_of_the_tree(case: Case) -> None:
     kwargs = as_grouped(case.make())
     got = getattr(ops, case.op)(**case.make())
@@ -66,7 +68,7 @@ def test_forward_has_the_bits_of_the_tree(case: Case) -> None:
     assert same_bits(got.reshape(want.shape), want)
 
 
-@pytest.mark.parametrize("case", cases("grouped_gemm_dgrad"), ids=str)
+@pytest.mark.parametrize("case", dense_cases("grouped_gemm_dgrad"), ids=str)
 def test_dgrad_has_the_bits_of_the_tree(case: Case) -> None:
     kwargs = case.make()
     dy, w = kwargs["dy"], kwargs["w"]
@@ -80,7 +82,7 @@ def wgrad_tree(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor) -> torc
     return torch.stack([gemm_tree(dy[span].T, x[span].T) for span in spans(offsets)])
 
 
-@pytest.mark.parametrize("case", cases("grouped_gemm_wgrad"), ids=str)
+@pytest.mark.parametrize("case", dense_cases("grouped_gemm_wgrad"), ids=str)
 def test_wgrad_has_the_bits_of_the_tree(case: Case) -> None:
     kwargs = case.make()
     want = wgrad_tree(kwargs["dy"], kwargs["x"], kwargs["expert_offsets"])
@@ -90,7 +92,7 @@ def test_wgrad_has_the_bits_of_the_tree(case: Case) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gather", [False, True])
 def test_wgrad_accumulates_one_rounded_sum(dtype: torch.dtype, gather: bool) -> None:
-    kwargs = next(c for c in cases("grouped_gemm") if "gather-bias0-silu0-holes1" in c.name).make()
+    kwargs = next(c for c in dense_cases("grouped_gemm") if "gather-bias0-silu0-holes1" in c.name).make()
     x, row_token = kwargs["x"].to(dtype), kwargs["row_token"]
     dy = values(row_token.shape[0], 10, dtype=dtype)
     offsets = torch.cat((kwargs["expert_offsets"], kwargs["expert_offsets"][-1:]))  # a last expert without rows
@@ -140,7 +142,7 @@ def silu_exact(pre: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, to
     [
         c
         for n in ("grouped_gemm", "linear")
-        for c in cases(n, wild=False)
+        for c in dense_cases(n, wild=False)
         if "spread-silu1" not in c.name and "denormal" not in c.name
     ],
     ids=str,
@@ -162,7 +164,7 @@ def test_forward_against_the_oracle(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["grouped_gemm_dgrad", "grouped_gemm_wgrad"])
 def test_gradient_ops_against_the_oracle(name: str) -> None:
-    for case in cases(name, wild=False):
+    for case in dense_cases(name, wild=False):
         kwargs = case.make()
         exact = getattr(reference, name)(**kwargs, exact=True)
         other = "w" if name.endswith("dgrad") else "x"
@@ -232,7 +234,7 @@ def gradients_exact(kwargs: dict[str, Any], dy: torch.Tensor) -> dict[str, tuple
     [
         c
         for n in ("grouped_gemm", "linear")
-        for c in cases(n, wild=False)
+        for c in dense_cases(n, wild=False)
         if c.grads and "spread" not in c.name and "denormal" not in c.name
     ],
     ids=str,
@@ -252,7 +254,7 @@ def test_gradients_against_the_oracle(case: Case) -> None:
 def test_bounds_are_exact_autograd() -> None:
     """gradients_exact is the autograd of the oracle: a slip in it would hide a slip in the op."""
     for pattern in ("gather-bias1-silu1-holes1", "5+0+3+1x24x40"):
-        case = next(c for c in cases("grouped_gemm") if c.name == f"fp32-{pattern}")
+        case = next(c for c in dense_cases("grouped_gemm") if c.name == f"fp32-{pattern}")
         kwargs = case.make()
         leaves = {n: kwargs[n].to(F64).requires_grad_() for n in case.grads}
         y = reference.grouped_gemm(**{**kwargs, **leaves}, exact=True)

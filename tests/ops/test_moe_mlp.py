@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmx import ops, reference
-from tests.ops.cases import BF16, DTYPES, NAN, Case, cases, cotangent, expert_operands, same_bits, values, with_grad
+from tests.ops.cases import (
+    BF16,
+    DTYPES,
+    NAN,
+    Case,
+    cases,
+    cotangent,
+    dense_cases,
+    expert_operands,
+    same_bits,
+    values,
+    with_grad,
+)
 from tests.ops.checks import F64, TINY, U32, UNIT, assert_within, gemm_bound, gemm_unit, rounding
 from tests.ops.properties import check_rows_stand_alone
 from tests.ops.test_grouped_gemm import silu_exact
@@ -42,7 +54,7 @@ def test_one_call_has_the_bits_of_its_ops(case: Case) -> None:
     assert got.dtype == kwargs["x"].dtype and same_bits(got, composed(**kwargs))
 
 
-@pytest.mark.parametrize("case", [c for c in cases("moe_mlp") if c.grads], ids=str)
+@pytest.mark.parametrize("case", [c for c in dense_cases("moe_mlp") if c.grads], ids=str)
 def test_gradients_are_those_of_its_ops(case: Case) -> None:
     def run(call: Callable[..., torch.Tensor], wanted: tuple[str, ...]) -> list[torch.Tensor | None]:
         kwargs = with_grad(case.make(), wanted)
@@ -76,7 +88,7 @@ def exact_and_bound(kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]
     return out, bound * (1 + u) + rounding(out, kwargs["x"].dtype)
 
 
-@pytest.mark.parametrize("case", cases("moe_mlp", wild=False), ids=str)
+@pytest.mark.parametrize("case", dense_cases("moe_mlp", wild=False), ids=str)
 def test_against_the_oracle(case: Case) -> None:
     kwargs = case.make()
     exact, bound = exact_and_bound(kwargs)
