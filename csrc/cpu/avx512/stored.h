@@ -1,27 +1,37 @@
-// Stored values -> fp32 / avx512: sixteen or thirty-two of a row, exact. Included after vec.h.
+// Stored values -> bf16 / avx512: 32 of a row. Included after vec.h.
 
-inline __m128i load_16_bytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+alignas(64) constexpr uint16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                   33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
 
-inline V16 load_int8(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(p)))}; }
-
-// Exponent and fraction move up to fp32's places; the bias grows by 120. What has exponent 0 is a fraction alone: a number of 2^-9.
-inline V16 load_e4m3(const uint8_t* p) {
-  const __m512i byte = _mm512_cvtepu8_epi32(load_16_bytes(p)), magnitude = _mm512_and_si512(byte, _mm512_set1_epi32(0x7f));
-  const __m512i normal = _mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(120 << 23));
-  const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(magnitude), _mm512_set1_ps(0x1p-9f));
-  const __mmask16 is_small = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
-  const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
-  __m512i bits = _mm512_mask_blend_epi32(is_small, normal, _mm512_castps_si512(small));
-  bits = _mm512_mask_blend_epi32(is_nan, bits, _mm512_set1_epi32(0x7fc00000));
-  return {_mm512_castsi512_ps(_mm512_or_si512(bits, _mm512_slli_epi32(_mm512_sub_epi32(byte, magnitude), 24)))};
+inline void widen_int8(const uint8_t* p, uint16_t* out) {
+  const auto sixteen = [](const uint8_t* q) {
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)))));
+  };
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(sixteen(p), _mm512_load_si512(kUpperHalves), sixteen(p + 16)));
 }
 
-// The 32 values of 16 bytes.
-inline void load_int4(const uint8_t* p, V16& first, V16& second) {
-  const __m128i bytes = load_16_bytes(p), low = _mm_set1_epi8(15);
-  const __m128i even = _mm_and_si128(bytes, low), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
-  const auto sixteen = [](__m128i nibbles) {
-    return V16{_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(nibbles), _mm512_set1_epi32(8)))};
-  };
-  first = sixteen(_mm_unpacklo_epi8(even, odd)), second = sixteen(_mm_unpackhi_epi8(even, odd));
+// Exponent and fraction move to bf16's places; the bias grows by 120. What has exponent 0 is one of eight values, found in a table.
+inline void widen_e4m3(const uint8_t* p, uint16_t* out) {
+  const __m512i small = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i magnitude = _mm512_and_si512(byte, _mm512_set1_epi16(0x7f));
+  __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  const __mmask32 is_small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+  bits = _mm512_mask_permutexvar_epi16(bits, is_small, magnitude, small);
+  bits = _mm512_mask_mov_epi16(bits, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7fc0));
+  bits = _mm512_or_si512(bits, _mm512_slli_epi16(_mm512_sub_epi16(byte, magnitude), 8));
+  _mm512_storeu_si512(out, bits);
+}
+
+// The bf16 of each of the sixteen values, twice: bit 4 of an index is another value's.
+struct Int4Table {
+  __m512i twice;
+};
+
+inline Int4Table int4_table(V16 values) { return {_mm512_broadcast_i64x4(narrow_bf16(values))}; }
+
+inline void widen_int4(const uint8_t* p, const Int4Table& table, uint16_t* out) {
+  const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i at = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(at, table.twice));
 }

@@ -149,7 +149,7 @@ struct Decoder<StoredFormat::int4> {
   void group(const float*) {}
 
   [[gnu::always_inline]] static Table table(const float* scales) {
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512 values = _mm512_load_ps(kInt4Values);
     const auto row = [&](int i) { return _mm512_mul_ps(values, _mm512_set1_ps(scales[i * kScaleLine])); };
     return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(row(1), row(0))), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(row(3), row(2)))};
   }

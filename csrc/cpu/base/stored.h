@@ -1,27 +1,31 @@
-// Stored values -> fp32 / base: sixteen or thirty-two of a row, exact. Included after vec.h.
+// Stored values -> bf16 / base: 32 of a row. Included after vec.h.
 
-inline V16 load_int8(const uint8_t* p) {
-  V16 r;
-  for (int i = 0; i < 16; ++i) r.lane[i] = static_cast<float>(static_cast<int8_t>(p[i]));
-  return r;
+inline void widen_int8(const uint8_t* p, uint16_t* out) {
+  for (int i = 0; i < 32; ++i) out[i] = f32_to_bf16(static_cast<float>(static_cast<int8_t>(p[i])));
 }
 
 // e4m3: sign, four bits of exponent (bias 7), three of fraction; 0x7f and 0xff are NaN, there is no infinity.
-inline V16 load_e4m3(const uint8_t* p) {
-  V16 r;
-  for (int i = 0; i < 16; ++i) {
+inline void widen_e4m3(const uint8_t* p, uint16_t* out) {
+  for (int i = 0; i < 32; ++i) {
     const int magnitude = p[i] & 0x7f, exponent = magnitude >> 3, fraction = magnitude & 7;
     const float value = magnitude == 0x7f ? __builtin_nanf("")
                         : exponent == 0   ? std::ldexp(static_cast<float>(fraction), -9)
                                           : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
-    r.lane[i] = p[i] & 0x80 ? -value : value;
+    out[i] = static_cast<uint16_t>(f32_to_bf16(value) | (p[i] & 0x80) << 8);
   }
-  return r;
 }
 
-// The 32 values of 16 bytes.
-inline void load_int4(const uint8_t* p, V16& first, V16& second) {
-  float value[32];
-  for (int i = 0; i < 32; ++i) value[i] = static_cast<float>((p[i / 2] >> (i % 2 * 4) & 15) - 8);
-  first = load(value), second = load(value + 16);
+// The bf16 of each of the sixteen values.
+struct Int4Table {
+  uint16_t at[16];
+};
+
+inline Int4Table int4_table(V16 values) {
+  Int4Table table;
+  store(table.at, values);
+  return table;
+}
+
+inline void widen_int4(const uint8_t* p, const Int4Table& table, uint16_t* out) {
+  for (int i = 0; i < 32; ++i) out[i] = table.at[p[i / 2] >> (i % 2 * 4) & 15];
 }

@@ -53,6 +53,8 @@ inline StoredMatrix stored_matrix(const GroupedGemmParams& p, int64_t e, int64_t
           p.K, p.stored.scale_dtype == DType::bf16};
 }
 
+alignas(64) constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
 // Rows [row, row + n) of 16, columns [k, k + depth) of one group -> bf16 [16][stride], zeros to the next multiple of 32 columns.
 template <StoredFormat format>
 void widen_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int64_t depth, uint16_t* out, int64_t stride) {
@@ -61,26 +63,27 @@ void widen_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int6
       std::memset(out, 0, static_cast<size_t>(round_up(depth, 32)) * 2);
       continue;
     }
-    const uint8_t* from = m.values + (row + i) * stored_bytes<format>(m.depth) + stored_bytes<format>(k);
+    const uint8_t* p = m.values + (row + i) * stored_bytes<format>(m.depth) + stored_bytes<format>(k);
     const V16 scale = set1(kScaledValues<format> ? stored_scale_at<format>(m, row + i, k) : 1.0f);
-    for (int64_t j = 0; j < depth; j += 32) {
-      const uint8_t* p = from + stored_bytes<format>(j);
-      uint8_t padded[32];
+    [[maybe_unused]] const Int4Table table = int4_table(mul(load(kInt4Values), scale));
+    for (int64_t j = 0; j < depth; j += 32, p += stored_bytes<format>(32)) {
+      alignas(32) uint8_t padded[32];
+      const uint8_t* from = p;
       if (depth - j < 32) {
         pad_stored<format>(p, depth - j, 32, padded);
-        p = padded;
+        from = padded;
       }
-      V16 first, second;
       if constexpr (format == StoredFormat::int4) {
-        load_int4(p, first, second);
+        widen_int4(from, table, out + j);
       } else if constexpr (format == StoredFormat::int8) {
-        first = load_int8(p), second = load_int8(p + 16);
+        widen_int8(from, out + j);
       } else {
-        first = load_e4m3(p), second = load_e4m3(p + 16);
+        widen_e4m3(from, out + j);
+        if constexpr (format == StoredFormat::fp8_blocks) {
+          store(out + j, mul(load(out + j), scale));
+          store(out + j + 16, mul(load(out + j + 16), scale));
+        }
       }
-      if constexpr (kScaledValues<format>) first = mul(first, scale), second = mul(second, scale);
-      store(out + j, first);
-      store(out + j + 16, second);
     }
   }
 }
