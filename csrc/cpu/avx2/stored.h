@@ -15,18 +15,28 @@ inline void widen_int8(const uint8_t* p, uint16_t* out) {
   }
 }
 
-// Exponent and fraction move to bf16's places; the bias grows by 120. What has exponent 0 is one of eight values, found in a table.
-inline void widen_e4m3(const uint8_t* p, uint16_t* out) {
-  const __m256i small =
-      _mm256_broadcastsi128_si256(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));  // 0 to 7, times 2^-9
+// bf16(value * scale) of the eight values of exponent 0, and of those of exponent 7, which are 1 to 1.875.
+struct E4m3Table {
+  __m256i small, one;
+};
+
+inline E4m3Table e4m3_table(V16 values, float) {
+  const __m256i halves = narrow_bf16(values);
+  return {_mm256_permute4x64_epi64(halves, 0x44), _mm256_permute4x64_epi64(halves, 0xee)};
+}
+
+// The other exponents' are those of 7 times a power of two.
+inline void widen_e4m3(const uint8_t* p, const E4m3Table& table, uint16_t* out) {
   for (int i = 0; i < 32; i += 16) {
     const __m256i byte = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
-    const __m256i magnitude = _mm256_and_si256(byte, _mm256_set1_epi16(0x7f));
-    const __m256i place = _mm256_add_epi16(_mm256_mullo_epi16(magnitude, _mm256_set1_epi16(0x202)), _mm256_set1_epi16(0x100));
-    __m256i bits = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi16(120 << 7));
-    bits = _mm256_blendv_epi8(bits, _mm256_shuffle_epi8(small, place), _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude));
+    const __m256i magnitude = _mm256_and_si256(byte, _mm256_set1_epi16(0x7f)), fraction = _mm256_and_si256(byte, _mm256_set1_epi16(7));
+    const __m256i place = _mm256_add_epi16(_mm256_mullo_epi16(fraction, _mm256_set1_epi16(0x202)), _mm256_set1_epi16(0x100));
+    const __m256i exponent = _mm256_slli_epi16(_mm256_sub_epi16(_mm256_sub_epi16(magnitude, fraction), _mm256_set1_epi16(7 << 3)), 4);
+    __m256i bits = _mm256_add_epi16(_mm256_shuffle_epi8(table.one, place), exponent);
+    const __m256i is_small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
+    bits = _mm256_blendv_epi8(bits, _mm256_shuffle_epi8(table.small, place), is_small);
     bits = _mm256_blendv_epi8(bits, _mm256_set1_epi16(0x7fc0), _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)));
-    bits = _mm256_or_si256(bits, _mm256_slli_epi16(_mm256_sub_epi16(byte, magnitude), 8));
+    bits = _mm256_xor_si256(bits, _mm256_slli_epi16(_mm256_sub_epi16(byte, magnitude), 8));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bits);
   }
 }

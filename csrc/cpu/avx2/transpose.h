@@ -1,6 +1,6 @@
 // transpose_16x32 / avx2: 16 rows of 32 elements -> 32 rows of 16 fp32, in 8x8 blocks of 32 bits. Included after vec.h.
 
-inline void transpose_8x8(__m256 r[8]) {
+[[gnu::always_inline]] inline void transpose_8x8(__m256 (&r)[8]) {
   __m256 a[8], b[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {  // pairs of rows

@@ -10,16 +10,23 @@ inline void widen_int8(const uint8_t* p, uint16_t* out) {
   _mm512_storeu_si512(out, _mm512_permutex2var_epi16(sixteen(p), _mm512_load_si512(kUpperHalves), sixteen(p + 16)));
 }
 
-// Exponent and fraction move to bf16's places; the bias grows by 120. What has exponent 0 is one of eight values, found in a table.
-inline void widen_e4m3(const uint8_t* p, uint16_t* out) {
-  const __m512i small = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+// bf16(value * scale) of the eight values of exponent 0, then of those of exponent 7, which are 1 to 1.875.
+struct E4m3Table {
+  __m512i at;
+};
+
+inline E4m3Table e4m3_table(V16 values, float) { return {_mm512_castsi256_si512(narrow_bf16(values))}; }
+
+// The other exponents' are those of 7 times a power of two.
+inline void widen_e4m3(const uint8_t* p, const E4m3Table& table, uint16_t* out) {
   const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  const __m512i magnitude = _mm512_and_si512(byte, _mm512_set1_epi16(0x7f));
-  __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  const __m512i magnitude = _mm512_and_si512(byte, _mm512_set1_epi16(0x7f)), fraction = _mm512_and_si512(byte, _mm512_set1_epi16(7));
+  const __m512i exponent = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_sub_epi16(magnitude, fraction), _mm512_set1_epi16(7 << 3)), 4);
+  __m512i bits = _mm512_permutexvar_epi16(_mm512_add_epi16(fraction, _mm512_set1_epi16(8)), table.at);
   const __mmask32 is_small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
-  bits = _mm512_mask_permutexvar_epi16(bits, is_small, magnitude, small);
+  bits = _mm512_mask_permutexvar_epi16(_mm512_add_epi16(bits, exponent), is_small, fraction, table.at);
   bits = _mm512_mask_mov_epi16(bits, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7fc0));
-  bits = _mm512_or_si512(bits, _mm512_slli_epi16(_mm512_sub_epi16(byte, magnitude), 8));
+  bits = _mm512_xor_si512(bits, _mm512_slli_epi16(_mm512_sub_epi16(byte, magnitude), 8));
   _mm512_storeu_si512(out, bits);
 }
 

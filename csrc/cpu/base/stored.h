@@ -4,14 +4,20 @@ inline void widen_int8(const uint8_t* p, uint16_t* out) {
   for (int i = 0; i < 32; ++i) out[i] = f32_to_bf16(static_cast<float>(static_cast<int8_t>(p[i])));
 }
 
-// e4m3: sign, four bits of exponent (bias 7), three of fraction; 0x7f and 0xff are NaN, there is no infinity.
-inline void widen_e4m3(const uint8_t* p, uint16_t* out) {
+struct E4m3Table {
+  float scale;
+};
+
+inline E4m3Table e4m3_table(V16, float scale) { return {scale}; }
+
+// bf16(value * scale). e4m3: sign, four bits of exponent (bias 7), three of fraction; 0x7f and 0xff are NaN, there is no infinity.
+inline void widen_e4m3(const uint8_t* p, const E4m3Table& table, uint16_t* out) {
   for (int i = 0; i < 32; ++i) {
     const int magnitude = p[i] & 0x7f, exponent = magnitude >> 3, fraction = magnitude & 7;
     const float value = magnitude == 0x7f ? __builtin_nanf("")
                         : exponent == 0   ? std::ldexp(static_cast<float>(fraction), -9)
                                           : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
-    out[i] = static_cast<uint16_t>(f32_to_bf16(value) | (p[i] & 0x80) << 8);
+    out[i] = static_cast<uint16_t>(f32_to_bf16(value * table.scale) ^ (p[i] & 0x80) << 8);
   }
 }
 

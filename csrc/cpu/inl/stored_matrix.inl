@@ -53,6 +53,15 @@ inline StoredMatrix stored_matrix(const GroupedGemmParams& p, int64_t e, int64_t
           p.K, p.stored.scale_dtype == DType::bf16};
 }
 
+// Eight e4m3 of exponent 0, eight of exponent 7. The others are the latter times a power of two, and so are their products with a scale
+// that leaves those inside of fp32's exponents.
+alignas(64) constexpr float kE4m3Values[16] = {0,      0x1p-9f, 0x2p-9f, 0x3p-9f, 0x4p-9f, 0x5p-9f, 0x6p-9f, 0x7p-9f,
+                                               1.000f, 1.125f,  1.250f,  1.375f,  1.500f,  1.625f,  1.750f,  1.875f};
+inline bool ordinary(float scale) {
+  const float size = scale < 0 ? -scale : scale;
+  return size > 0x1p-100f && size < 0x1p100f;
+}
+
 alignas(64) constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 // Rows [row, row + n) of 16, columns [k, k + depth) of one group -> bf16 [16][stride], zeros to the next multiple of 32 columns.
@@ -64,8 +73,10 @@ void widen_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int6
       continue;
     }
     const uint8_t* p = m.values + (row + i) * stored_bytes<format>(m.depth) + stored_bytes<format>(k);
-    const V16 scale = set1(kScaledValues<format> ? stored_scale_at<format>(m, row + i, k) : 1.0f);
-    [[maybe_unused]] const Int4Table table = int4_table(mul(load(kInt4Values), scale));
+    const float scale = kScaledValues<format> ? stored_scale_at<format>(m, row + i, k) : 1.0f;
+    const float at_once = ordinary(scale) ? scale : 1.0f;
+    [[maybe_unused]] const Int4Table int4 = int4_table(mul(load(kInt4Values), set1(scale)));
+    [[maybe_unused]] const E4m3Table e4m3 = e4m3_table(mul(load(kE4m3Values), set1(at_once)), at_once);
     for (int64_t j = 0; j < depth; j += 32, p += stored_bytes<format>(32)) {
       alignas(32) uint8_t padded[32];
       const uint8_t* from = p;
@@ -74,14 +85,14 @@ void widen_stored(const StoredMatrix& m, int64_t row, int64_t n, int64_t k, int6
         from = padded;
       }
       if constexpr (format == StoredFormat::int4) {
-        widen_int4(from, table, out + j);
+        widen_int4(from, int4, out + j);
       } else if constexpr (format == StoredFormat::int8) {
         widen_int8(from, out + j);
       } else {
-        widen_e4m3(from, out + j);
-        if constexpr (format == StoredFormat::fp8_blocks) {
-          store(out + j, mul(load(out + j), scale));
-          store(out + j + 16, mul(load(out + j + 16), scale));
+        widen_e4m3(from, e4m3, out + j);
+        if (at_once != scale) {
+          store(out + j, mul(load(out + j), set1(scale)));
+          store(out + j + 16, mul(load(out + j + 16), set1(scale)));
         }
       }
     }
