@@ -20,6 +20,8 @@ SHARED |= {
     "words.inl",
     "fetch_rows.inl",
     "meanwhile.inl",
+    "stored_matrix.inl",
+    "stored_weight.inl",
 }
 SHARED |= {"mass.inl", "philox.inl", "sample_row.inl"}
 FIELDS = ("Contract", "Shapes", "Layout", "Numerics", "Algorithm", "Work/bytes", "Measured", "Limits")

@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 import torch
 
-from glmx.ops import Matrix, StoredFormat, StoredWeight
+from glmx.ops import Matrix, StoredWeight
+from glmx.ops.stored_weight import StoredFormat
 from glmx.reference.stored_weight import GROUP
 from tests.ops.inputs import BF16, F32, Case, offsets_of, topk_ids, values
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from glmx import ops, reference
-from glmx.ops import Matrix, StoredFormat, StoredWeight
+from glmx.ops import Matrix, StoredWeight
+from glmx.ops.stored_weight import StoredFormat
 from glmx.reference.gemm_tree import flush32, gemm_tree, round32_sum
 from glmx.reference.stored_weight import dense, int4_values
 from tests.ops.cases import BF16, F32, Case, cases, offsets_of, same_bits, values

@@ -26,7 +26,7 @@ from glmx.ops.route_topk import route_topk
 from glmx.ops.sample import sample
 from glmx.ops.silu_mul import silu_mul
 from glmx.ops.sparse_mla import sparse_mla
-from glmx.ops.stored_weight import Matrix, StoredFormat, StoredWeight
+from glmx.ops.stored_weight import Matrix, StoredWeight
 from glmx.ops.sum_squares import sum_squares
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "ExpertPlan",
     "LogProbs",
     "Matrix",
-    "StoredFormat",
     "StoredWeight",
     "Verified",
     "adamw",
