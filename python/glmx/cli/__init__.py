@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 
 def write_out(text: str) -> None:
@@ -20,3 +21,10 @@ def drafts(text: str) -> int | str:
     if text == "auto" or text.removeprefix("-").isdecimal():
         return text if text == "auto" else int(text)
     raise argparse.ArgumentTypeError(f"expected a number or auto: got {text!r}")
+
+
+def add_weight_arguments(add: Callable[..., object]) -> None:
+    """How the weights are held, for commands that generate."""
+    add("--no-mapped", dest="mapped", action="store_false", help="copy the weights instead of using the files in place")
+    add("--lock", action="store_true", help="keep the weights in memory, as far as ulimit -l allows")
+    add("--check-weights", action="store_true", help="refuse weights with NaN or infinity in them")

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from glmx.cli import drafts
+from glmx.cli import add_weight_arguments, drafts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--check-weights", action="store_true", help="refuse weights with NaN or infinity in them")
+    add_weight_arguments(add)
     add("--dtype", default="auto", help="auto, bf16 or fp32 (default auto: the checkpoint's)")
 
 
@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_num_seqs=1,
         num_speculative_tokens=args.num_speculative_tokens,
+        mapped=args.mapped,
+        lock=args.lock,
         check_finite=args.check_weights,
     )
     if args.json:

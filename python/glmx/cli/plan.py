@@ -27,20 +27,29 @@ def run(args: argparse.Namespace) -> int:
 
     from glmx.models.checkpoint import resolve
     from glmx.models.config import ModelConfig
-    from glmx.models.plan import memory_plan
+    from glmx.models.plan import memory_plan, stored_weights
 
-    config = ModelConfig.from_dir(resolve(args.model))
+    directory = resolve(args.model)
+    config = ModelConfig.from_dir(directory)
     name = {"auto": config.dtype, "bf16": "bfloat16", "fp32": "float32"}[args.dtype]
+    formats, weights = stored_weights(config, getattr(torch, name), directory)
     tokens = config.max_position_embeddings if args.tokens is None else args.tokens
     plan = memory_plan(
-        config, getattr(torch, name), tokens, sequences=args.sequences, chunk=args.chunk, drafts=args.drafts
+        config,
+        getattr(torch, name),
+        tokens,
+        sequences=args.sequences,
+        chunk=args.chunk,
+        drafts=args.drafts,
+        weights=weights,
     )
     if args.json:
         print(json.dumps({**dataclasses.asdict(plan), "total": plan.total}))
         return 0
+    kept = " and ".join([name, *sorted(formats)])
     many = f"{args.sequences} sequences" if args.sequences > 1 else "1 sequence"
     rows = {
-        "weights": (plan.weights, f"{config.num_parameters() / 1e9:,.3g} B parameters in {name}, MTP layer included"),
+        "weights": (plan.weights, f"{config.num_parameters() / 1e9:,.3g} B parameters in {kept}, MTP layer included"),
         "cache": (plan.cache, f"{many} of {tokens:,} tokens, {plan.cache_per_token:,} bytes a token"),
         "activations": (plan.activations, f"at most, {min(args.chunk, tokens * args.sequences):,} tokens at a time"),
         "total": (plan.total, ""),

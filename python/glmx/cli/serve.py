@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmx.cli import drafts
+from glmx.cli import add_weight_arguments, drafts
 from glmx.errors import CheckpointError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds to finish requests in on SIGTERM (default 30)",
     )
-    add("--check-weights", action="store_true", help="refuse weights with NaN or infinity in them")
+    add_weight_arguments(add)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--dtype", default="auto", help="auto, bf16 or fp32 (default auto: the checkpoint's)")
 
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
                 max_num_seqs=args.max_num_seqs,
                 max_num_batched_tokens=args.max_num_batched_tokens,
                 num_speculative_tokens=args.num_speculative_tokens,
+                mapped=args.mapped,
+                lock=args.lock,
                 check_finite=args.check_weights,
             )
         except RuntimeError as error:  # torch has no type of its own for it on the CPU
@@ -151,9 +153,10 @@ def _announce(args: argparse.Namespace, llm: LLM, name: str, numerics: str, url:
 
     config = llm.model.config
     device = runtime.describe()["devices"][0]
-    size = sum(parameter.numel() for parameter in llm.model.parameters())
+    parameters = _count(config.num_parameters())
     rows = {
-        "model": f"{name} ({config.model_type}, {config.num_hidden_layers} layers, {_count(size)} parameters)",
+        "model": f"{name} ({config.model_type}, {config.num_hidden_layers} layers, {parameters} parameters)",
+        "weights": _weights(args, llm),
         "dtype": f"{_dtype(llm)}, numerics {numerics}",
         "device": f"{device['device']}: {device['name']}, threads: {device['threads']}",
         "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in _kernels(_dtype(llm)).items()),
@@ -168,6 +171,13 @@ def _announce(args: argparse.Namespace, llm: LLM, name: str, numerics: str, url:
         print(f"  warning  --host {args.host} without an API key: whoever reaches this machine can use the model")
     print(f"serving {url}/v1 (Ctrl-C finishes what runs, then stops); try:\n")
     print(f"{_curl(llm, name, url, has_key)}\n", flush=True)
+
+
+def _weights(args: argparse.Namespace, llm: LLM) -> str:
+    size = sum(tensor.nbytes for tensor in llm.model.tensors()) / 2**30
+    small = {weight.format for weight in llm.model.stored_weights().values()} - {"bf16"}
+    held = ("mapped" if args.mapped else "copied") + (", locked" if args.lock else "")
+    return f"{size:.2f} GiB, {''.join(f'{format}, ' for format in sorted(small))}{held}"
 
 
 def _drafts(llm: LLM) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,7 +11,12 @@ from glmx import ops
 
 
 class Linear(nn.Module):
-    """x [.., K] -> [.., N] = x @ weight.T + bias, in x's dtype or `out_dtype`. Starts uninitialised."""
+    """x [.., K] -> [.., N] = x @ weight.T + bias, in x's dtype or `out_dtype`. Starts uninitialised.
+
+    glmx.load may put an ops.StoredWeight in the weight's place, but for kv_b_proj and lm_head.
+    """
+
+    weight: Any
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -81,7 +81,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU MLPs: gate_up_proj [E, 2I, H] (gate rows, then up rows), down_proj [E, H, I]."""
+    """E SwiGLU MLPs: gate_up_proj [E, 2I, H] (gate rows, then up rows), down_proj [E, H, I].
+
+    glmx.load may put ops.StoredWeights in their places.
+    """
+
+    gate_up_proj: Any
+    down_proj: Any
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

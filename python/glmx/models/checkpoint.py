@@ -1,7 +1,8 @@
 """Hugging Face checkpoint directories in and out: `load` (also `glmx.load`) and `save`.
 
 On disk experts are separate 2-D tensors and the MTP layer is layer N; in memory gate, up and the experts are
-fused. `_sources` is the one place that knows both spellings. Tensors are read and written one at a time.
+fused, unless they are used as the files store them (models/allocate.py). `_sources` is the one place that knows both
+spellings. Tensors are read and written one at a time.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from glmx.errors import CheckpointError, UnsupportedError, listed, shown
 from glmx.jsonfile import read_bytes
-from glmx.models import fp8, layout
+from glmx.models import layout, stored
+from glmx.models.allocate import Place, Source, allocate
 from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
 from glmx.models.fill import fill
+from glmx.models.mapped import Mapped, lock_memory
+from glmx.models.plan import weight_bytes
 from glmx.models.safetensors import INDEX, MAX_HEADER, READABLE, SINGLE, Files, save_file
 
 TOKENIZER_FILES = (
@@ -39,13 +44,6 @@ _DTYPES = {
     "float32": torch.float32,
 }
 _SHARD_BYTES = 5 * 2**30
-
-
-class _Source(NamedTuple):
-    """A tensor of the checkpoint and the part of the model that holds it."""
-
-    key: str
-    view: torch.Tensor
 
 
 def resolve(path: str | Path) -> Path:
@@ -106,35 +104,46 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
     *,
+    dequantize: bool = False,
+    mapped: bool = False,
+    lock: bool = False,
     check_finite: bool = False,
 ) -> Decoder:
     """Loads a Hugging Face directory into a Decoder in eval mode.
 
     device        "auto" and "cpu"; this build computes nowhere else
     dtype         "auto" (the config's), "bf16", "fp32" or a torch.dtype
+    dequantize    weights in INT8, INT4 and FP8 become bf16(q * scale), as training needs them and as they do in any
+                  fp32 model. Otherwise products use them as they are stored
+    mapped        use the files in place where they hold what the model needs, and copy the rest. They are not to be
+                  cut short meanwhile, which would end the process; such a model is neither trained nor saved
+    lock          keep the weights in memory, as the system's limit (ulimit -l) allows
     check_finite  also look for NaN and infinity in every tensor, as the model will hold it
-    A router stored in fp32 beside bf16 weights stays fp32, as do the correction biases. FP8 weights of the
-    two released formats become bf16(q * scale), in a model of any dtype. Without tensors of the MTP layer the
-    model has none. On a terminal a bar shows what takes longer than a second. Raises CheckpointError naming
+    A router stored in fp32 beside bf16 weights stays fp32, as do the correction biases. Without tensors of the MTP
+    layer the model has none. On a terminal a bar shows what takes longer than a second. Raises CheckpointError naming
     every missing, unknown, misshapen or (with check_finite) not finite tensor and UnsupportedError for a model
-    that glmx does not compute. Nothing of the model's size is allocated before the config and every file's
-    header are known to fit; then the peak is the model's own size and a few pieces of 4 MB.
+    that glmx does not compute, or memory that the system does not lock. Nothing of the model's size is allocated before
+    the config and every file's header are known to fit; then the peak is the model's own size, less what is mapped,
+    and a few pieces of 4 MB.
     """
     directory = resolve(path)
     config = ModelConfig.from_dir(directory)
-    compute, place = _compute_dtype(config, dtype), _device(device)
+    compute = _compute_dtype(config, dtype)
+    _check_device(device)
     # A name, its shape and its range take a hundred bytes or two; metadata may be longer.
     files = Files(directory, max_header=min(MAX_HEADER, 2**20 + 1024 * layout.num_tensors(config)))
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(key.startswith(mtp_prefix) for key in files.keys):
         config = replace(config, num_nextn_predict_layers=0)
     _check_count(config, files, directory)
-    _check_tensors(Decoder(config, compute, "meta"), files, directory)
-    model = _allocated(config, compute, place)
+    found = stored.find(files)
+    model = Decoder(config, compute, "meta")
+    _check_tensors(model, files, found, directory)
     _keep_fp32_routers(model, files)
-    fill(
-        {key: source.view for key, source in _expected(model, files.keys).items()}, _copies(model), files, check_finite
-    )
+    places = _allocated(model, files, found, Mapped(files) if mapped else None, not dequantize)
+    fill(places, _copies(model), found, files, check_finite)
+    if lock:
+        lock_memory(model.tensors())
     return model.eval()
 
 
@@ -152,33 +161,40 @@ def _check_count(config: ModelConfig, files: Files, directory: Path) -> None:
         )
 
 
-def _check_tensors(model: Decoder, files: Files, directory: Path) -> None:
+def _check_tensors(model: Decoder, files: Files, found: Mapping[str, stored.Stored], directory: Path) -> None:
     """Compares the files' headers with a model on the meta device: names, shapes, dtypes."""
-    sources, copies = _expected(model, files.keys), _copies(model)
-    scales = set(fp8.scales(files.headers).values())
-    missing = sorted(sources.keys() - files.keys)
-    unknown = sorted(files.keys - sources.keys() - copies.keys() - scales)
+    expected = {key: source.view.shape for key, source in _expected(model, files.keys).items()}
+    optional = {key: tensor.shape for key, tensor in _copies(model).items()}
+    wanted = {**optional, **expected}
+    of_found = {part: key for key, how in found.items() for part in how.keys}
+    there = (files.keys - of_found.keys()) | found.keys()
+    missing = sorted(expected.keys() - there)
+    unknown = sorted(key for key in files.keys if of_found.get(key, key) not in wanted)
     for what, keys in (("lacks", missing), ("has unknown", unknown)):
         if keys:
             raise CheckpointError(f"'{directory}' {what} {listed(keys)}")
-    for key, header in files.headers.items():
-        if key in scales:
-            continue
-        wanted = (sources[key].view if key in sources else copies[key]).shape
-        if header.shape != wanted:
-            raise CheckpointError(f"tensor {key} has shape {list(header.shape)}, the config expects {list(wanted)}")
-        if header.dtype not in READABLE:
-            raise UnsupportedError(f"tensor {key} is {header.dtype}, only {', '.join(READABLE)} are supported")
+    for key in there:
+        shape = found[key].shape if key in found else files.headers[key].shape
+        if shape != wanted[key]:
+            raise CheckpointError(f"tensor {key} has shape {list(shape)}, the config expects {list(wanted[key])}")
+        if key not in found and files.headers[key].dtype not in READABLE:
+            dtype = files.headers[key].dtype
+            raise UnsupportedError(f"tensor {key} is {dtype}, only {', '.join(READABLE)} are supported")
 
 
-def _allocated(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+def _allocated(
+    model: Decoder, files: Files, found: Mapping[str, stored.Stored], mapped: Mapped | None, keep_small: bool
+) -> dict[str, Place]:
     try:
-        return Decoder(config, dtype, device)
+        return allocate(model, files, found, partial(_sources, files.keys), mapped, keep_small=keep_small)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        size = config.num_parameters() * dtype.itemsize / 2**30
-        raise CheckpointError(f"the model takes {size:.1f} GiB in {_dtype_name(dtype)}, which is not free") from None
+        kept = found if keep_small else {}
+        size = weight_bytes(model.config, model.dtype, kept, files) / 2**30
+        raise CheckpointError(
+            f"the model takes {size:.1f} GiB in {_dtype_name(model.dtype)}, which is not free"
+        ) from None
 
 
 def save(
@@ -193,8 +209,10 @@ def save(
 
     Tensors keep the model's dtypes. Everything is written and synced under a temporary name beside `path`,
     then renamed, so `path` is complete or absent. Tokenizer files are copied from `tokenizer_files_from`.
-    Raises CheckpointError when `path` exists and is not empty, unless `overwrite`.
+    Raises CheckpointError when `path` exists and is not empty, unless `overwrite`, and ValueError for a model with
+    weights that are held as its checkpoint stores them.
     """
+    tensors = dict(_named_tensors(model))
     target = Path(path)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"'{target}' exists; choose another name or remove it")
@@ -203,7 +221,7 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _write_tensors(model, temporary, max_shard_bytes)
+        _write_tensors(tensors, temporary, max_shard_bytes)
         _write_json(temporary / "config.json", {**model.config.to_dict(), "dtype": _dtype_name(model.dtype)})
         _write_json(temporary / "generation_config.json", _generation_config(model.config))
         for name in TOKENIZER_FILES if tokenizer_files_from is not None else ():
@@ -228,23 +246,30 @@ def save(
 
 
 # The two spellings.
-def _sources(name: str, tensor: torch.Tensor, fused_experts: bool = False) -> Iterator[_Source]:
-    """The checkpoint's tensors that make up the model's tensor `name`, in their order on disk."""
-    if ".experts." in name and not fused_experts:
+def _sources(fused: Container[str], name: str, tensor: torch.Tensor) -> list[Source]:
+    """The checkpoint's tensors that make up the model's tensor `name`, in their order on disk.
+
+    `fused` has the names of experts that the checkpoint, too, keeps in one tensor.
+    """
+    return list(_each_source(fused, name, tensor))
+
+
+def _each_source(fused: Container[str], name: str, tensor: torch.Tensor) -> Iterator[Source]:
+    if ".experts." in name and name not in fused:
         prefix, part = name.rsplit(".", 1)
         for e, expert in enumerate(tensor):
             if part == "gate_up_proj":
                 gate, up = expert.chunk(2)
-                yield _Source(f"{prefix}.{e}.gate_proj.weight", gate)
-                yield _Source(f"{prefix}.{e}.up_proj.weight", up)
+                yield Source(f"{prefix}.{e}.gate_proj.weight", gate)
+                yield Source(f"{prefix}.{e}.up_proj.weight", up)
             else:
-                yield _Source(f"{prefix}.{e}.{part}.weight", expert)
+                yield Source(f"{prefix}.{e}.{part}.weight", expert)
     elif name.endswith(".gate_up_proj.weight"):
         gate, up = tensor.chunk(2)
-        yield _Source(name.replace("gate_up_proj", "gate_proj"), gate)
-        yield _Source(name.replace("gate_up_proj", "up_proj"), up)
+        yield Source(name.replace("gate_up_proj", "gate_proj"), gate)
+        yield Source(name.replace("gate_up_proj", "up_proj"), up)
     else:
-        yield _Source(name, tensor)
+        yield Source(name, tensor)
 
 
 def _named_tensors(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
@@ -253,11 +278,11 @@ def _named_tensors(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def _expected(model: Decoder, keys: set[str]) -> dict[str, _Source]:
+def _expected(model: Decoder, keys: set[str]) -> dict[str, Source]:
     """Checkpoint key -> where it goes; experts in the spelling that the checkpoint uses."""
     out = {}
     for name, tensor in _named_tensors(model):
-        for source in _sources(name, tensor, fused_experts=name in keys):
+        for source in _sources(keys, name, tensor):
             out[source.key] = source
     return out
 
@@ -291,18 +316,17 @@ def _compute_dtype(config: ModelConfig, dtype: str | torch.dtype) -> torch.dtype
     return chosen
 
 
-def _device(device: str | torch.device) -> torch.device:
+def _check_device(device: str | torch.device) -> None:
     if str(device) not in ("auto", "cpu"):
         raise UnsupportedError(f"device {str(device)!r} is not supported: this build of glmx computes on cpu only")
-    return torch.device("cpu")
 
 
 # Writing.
-def _write_tensors(model: Decoder, directory: Path, max_shard_bytes: int) -> None:
+def _write_tensors(tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_bytes: int) -> None:
     shards: list[dict[str, torch.Tensor]] = [{}]
     size, total = 0, 0
-    for name, tensor in _named_tensors(model):
-        for key, view in _sources(name, tensor.detach()):
+    for name, tensor in tensors.items():
+        for key, view in _sources((), name, tensor.detach()):
             if shards[-1] and size + view.nbytes > max_shard_bytes:
                 shards.append({})
                 size = 0

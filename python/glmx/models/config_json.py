@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glmx.errors import CheckpointError, UnsupportedError, shown
-from glmx.models import fp8
+from glmx.models import stored
 
 MAX_LAYERS = 4096  # per-layer lists are made; the largest GLM has 92 layers
 
@@ -77,7 +77,7 @@ def values(raw: Mapping[str, Any], types: Mapping[str, str], required: tuple[str
     expected = _LAYER_TYPES[model_type]
     if any(kind != expected for kind in _optional(raw, "layer_types", list) or []):
         raise UnsupportedError(f"config.json: layer_types other than {expected!r} are not supported")
-    fp8.check_config(_optional(raw, "quantization_config", dict))
+    stored.check_config(_optional(raw, "quantization_config", dict))
 
     known = [name for name in types if name not in NOT_IN_ALL or name in OWN[model_type]]
     out = {name: raw[name] for name in known if raw.get(name) is not None}

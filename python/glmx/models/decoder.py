@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from glmx.layers.norm import RMSNorm
 from glmx.models.batch import Batch
 from glmx.models.config import ModelConfig
 from glmx.models.state import ModelState
+from glmx.ops.stored_weight import StoredWeight
 
 
 @dataclass
@@ -243,6 +244,40 @@ class Decoder(nn.Module):
         return Output(logits, _padded(self.logits(z_TH), known, width, right))
 
     # Beside the forward.
+    def stored_weights(self) -> dict[str, StoredWeight]:
+        """The weights that are held as a checkpoint stores them, by name; they are no parameters."""
+        return {
+            f"{prefix}.{name}": value
+            for prefix, module in self.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, StoredWeight)
+        }
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that the model holds: parameters, buffers, stored weights with their scales."""
+        stored = [part for weight in self.stored_weights().values() for pair in weight.matrices for part in pair]
+        return [*self.parameters(), *self.buffers(), *(part for part in stored if part is not None)]
+
+    def train(self, mode: bool = True) -> Decoder:
+        """nn.Module.train. Raises ValueError where a weight is held as its checkpoint stores it."""
+        if mode:
+            self._only_parameters("train")
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module.state_dict. Raises ValueError where it would lack weights, as `train` does."""
+        self._only_parameters("state_dict")
+        return super().state_dict(*args, **kwargs)
+
+    def _only_parameters(self, what: str) -> None:
+        held = self.stored_weights()
+        if held:
+            name, weight = next(iter(held.items()))
+            raise ValueError(
+                f"{what}: {name} is no parameter, it is held as its checkpoint stores it ({weight.format}); "
+                "glmx.load(..., dequantize=True, mapped=False) makes parameters"
+            )
+
     def new_state(self, num_sequences: int, max_tokens: int) -> ModelState:
         """An empty cache for `num_sequences` sequences of at most `max_tokens` tokens each."""
         planes = [layer.self_attn.planes for layer in self.model.layers if isinstance(layer, DecoderLayer)]
@@ -254,6 +289,7 @@ class Decoder(nn.Module):
 
         A parameter's values depend on the seed, its name and its shape alone, not on the rest of the model.
         """
+        self._only_parameters("init_weights")
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
                 parameter.zero_()

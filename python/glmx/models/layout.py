@@ -1,7 +1,7 @@
 """Every tensor of a checkpoint, by name and shape, from the config alone: counted before anything is built.
 
 Names are those on disk: gate, up and the experts apart, the MTP layer as layer N. What a checkpoint may repeat (the
-MTP layer's embedding and head) and the scales of FP8 weights are not listed.
+MTP layer's embedding and head) and the scales of weights in few bits are not listed.
 
 Legend: H hidden, A heads, G key/value heads, E experts.
 """
@@ -38,6 +38,15 @@ def tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         for e in range(config.n_routed_experts if kind.moe else 0):
             for name, shape in _expert(config).items():
                 yield f"{prefix}mlp.experts.{e}.{name}", shape
+
+
+def weights(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(the end of a key, shape, how many tensors have both) of what is in the layers."""
+    for kind, n in _kinds(config).items():
+        for name, shape in _layer(config, kind).items():
+            yield name, shape, n
+        for name, shape in _expert(config).items() if kind.moe else ():
+            yield name, shape, n * config.n_routed_experts
 
 
 def num_tensors(config: ModelConfig, fused_layers: int = 0) -> int:

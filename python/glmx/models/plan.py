@@ -1,4 +1,4 @@
-"""What a model takes in memory, from its config alone: weights, cache, and the largest step of a forward.
+"""What a model takes in memory, before any is taken: weights, cache, and the largest step of a forward.
 
 The bound on activations is a sum over the tensors that are alive at the widest moment of a layer, counted generously:
 a forward of `chunk` tokens stays below it whatever their context. Nothing of the size tokens x context exists.
@@ -6,12 +6,20 @@ a forward of `chunk` tokens stays below it whatever their context. Nothing of th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from glmx.errors import CheckpointError
+from glmx.jsonfile import read_json
+from glmx.models import layout, stored
 from glmx.models.config import ModelConfig
 from glmx.models.pages import PAGE
+from glmx.models.safetensors import Files
+from glmx.models.stored import Stored
 
 # What does not follow from the config: the scratch of the kernels' threads and the allocator's own slack.
 _SLACK = 64 * 2**20
@@ -32,12 +40,19 @@ class MemoryPlan:
 
 
 def memory_plan(
-    config: ModelConfig, dtype: torch.dtype, tokens: int, *, sequences: int = 1, chunk: int = 8192, drafts: int = 0
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tokens: int,
+    *,
+    sequences: int = 1,
+    chunk: int = 8192,
+    drafts: int = 0,
+    weights: int | None = None,
 ) -> MemoryPlan:
     """For `sequences` of `tokens` tokens each (prompt and completion), computed at most `chunk` tokens at a time.
 
-    `drafts` is num_speculative_tokens, the most that a step verifies for a sequence. Raises ValueError for numbers
-    below 1, of drafts below 0.
+    `drafts` is num_speculative_tokens, the most that a step verifies for a sequence; `weights` are the bytes of weights
+    that are not all parameters. Raises ValueError for numbers below 1, of drafts below 0.
     """
     if drafts < 0:
         raise ValueError(f"drafts is {drafts}, expected at least 0")
@@ -47,13 +62,47 @@ def memory_plan(
     per_token = sum(cache_row(config, layer) for layer in range(_layers(config))) * dtype.itemsize
     pages = -(-tokens // PAGE) * sequences
     return MemoryPlan(
-        weights=config.num_parameters() * dtype.itemsize,
+        weights=config.num_parameters() * dtype.itemsize if weights is None else weights,
         cache=pages * PAGE * per_token,
         activations=_activations(config, dtype.itemsize, min(chunk, tokens * sequences), tokens)
         + sequences * (1 + drafts) * 2 * 4 * config.vocab_size  # logits, and what a sampler makes of them
         + _SLACK,
         cache_per_token=per_token,
     )
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, found: Mapping[str, Stored], files: Files) -> int:
+    """Bytes of the weights of a model that keeps those of `found` as the files have them, where an op can use them."""
+    total = config.num_parameters() * dtype.itemsize
+    if dtype != torch.bfloat16:
+        return total
+    for key, how in found.items():
+        if stored.stays(key):
+            sizes = [files.headers[part].end - files.headers[part].start for part in (how.values, how.scale)]
+            total += sum(sizes) - math.prod(how.shape) * dtype.itemsize
+    return total
+
+
+def stored_weights(config: ModelConfig, dtype: torch.dtype, directory: Path) -> tuple[set[str], int]:
+    """The formats of the weights that a model of a checkpoint keeps in few bits, and the bytes of all its weights.
+
+    Of a quantised checkpoint they are read off the files' headers; where the files are not all there, they follow from
+    the config, as if it were quantised like released ones. Raises CheckpointError, UnsupportedError.
+    """
+    format = stored.check_config(read_json(directory / "config.json").get("quantization_config"))
+    total = config.num_parameters() * dtype.itemsize
+    if format is None or dtype != torch.bfloat16:
+        return set(), total
+    try:
+        files = Files(directory)
+    except CheckpointError:
+        for key, shape, count in layout.weights(config):
+            if stored.quantises(key, format) and stored.stays(key):
+                rows, columns = shape
+                total += count * (stored.nbytes(format, rows, columns) - rows * columns * dtype.itemsize)
+        return {format}, total
+    found = {key: how for key, how in stored.find(files).items() if stored.stays(key)}
+    return {how.format for how in found.values()}, weight_bytes(config, dtype, found, files)
 
 
 def cache_row(config: ModelConfig, layer: int) -> int:

@@ -30,6 +30,7 @@ from glmx.models.decoder import Decoder
 from glmx.models.pages import PAGE
 from glmx.models.recorder import Pool, Recorded, RefusedError, record
 from glmx.models.state import ModelState
+from glmx.ops.stored_weight import StoredWeight
 
 log = logging.getLogger(__name__)
 
@@ -120,11 +121,12 @@ class Replay:
         self._recorded: OrderedDict[Key, tuple[_Inputs, Recorded]] = OrderedDict()
         self._seen: OrderedDict[Key, bool] = OrderedDict()  # shapes that came once; True: refused
         modules = list(model.modules())
-        self._tables: list[dict[str, Any]] = []  # where the modules keep their tensors, once for each name
+        self._tables: list[dict[str, Any]] = []  # where the modules keep their weights, once for each name
         self._names: list[str] = []
         for module in modules:
-            for table in (module._parameters, module._buffers):
-                names = [name for name, tensor in table.items() if tensor is not None]
+            tensors = [(table, torch.Tensor) for table in (module._parameters, module._buffers)]
+            for table, kind in [*tensors, (vars(module), StoredWeight)]:
+                names = [name for name, value in table.items() if isinstance(value, kind)]
                 self._names += names
                 self._tables += [table] * len(names)
         self._weights = self._current_weights()
@@ -267,7 +269,7 @@ class Replay:
 
     def _record(self, key: Key, inputs: _Inputs, call: Compute) -> Any:
         try:
-            recorded = record(lambda: call(inputs.numbers, inputs.tensors), self._pool, self._weights)
+            recorded = record(lambda: call(inputs.numbers, inputs.tensors), self._pool, self._moving)
         except RefusedError as refused:
             self._seen[key] = True
             log.warning("forwards of %s are not recorded: %s", key[:4], refused)
@@ -299,5 +301,10 @@ class Replay:
         self._recorded.clear()
         self._seen.clear()
 
-    def _current_weights(self) -> list[torch.Tensor]:
+    def _current_weights(self) -> list[torch.Tensor | StoredWeight]:
         return [table[name] for table, name in zip(self._tables, self._names, strict=True)]
+
+    @property
+    def _moving(self) -> list[torch.Tensor]:
+        """The weights that may be given new memory; that of stored ones stays where it is."""
+        return [weight for weight in self._weights if isinstance(weight, torch.Tensor)]

@@ -3,8 +3,7 @@
 The format: 8 bytes, little-endian, the length of the header; the header, a JSON object from tensor name to dtype,
 shape and byte range in the data; the data, every byte of it in one tensor
 (huggingface/safetensors, "Format"). Everything is decided from the header and the file's size, before
-any tensor is read; then rows are read as they are asked for. Nothing is mapped: a mapped file that another process
-cuts short ends this one.
+any tensor is read; then rows are read as they are asked for. models/mapped.py uses them where they lie instead.
 """
 
 from __future__ import annotations
@@ -35,8 +34,13 @@ _BITS = {
     "F4": 4,
 }
 
-_TORCH = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
-READABLE = tuple(_TORCH)
+READABLE = ("BF16", "F32", "F16", "F8_E4M3")  # as weights
+TORCH = {
+    **dict(zip(READABLE, (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn), strict=True)),
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _MAX_OPEN = 4  # files; a weight and its scales may be in two
 
 
@@ -175,12 +179,16 @@ class Files:
             self._file_of[key] = file
         self.headers |= entries
 
+    def file_of(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[key]
+
     def in_order(self) -> list[str]:
         """Every tensor's name, file by file, in the order of the bytes."""
         return sorted(self.headers, key=lambda key: (self._file_of[key], self.headers[key].start))
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The whole tensor, of a READABLE dtype. Raises CheckpointError."""
+        """The whole tensor, of a dtype in TORCH. Raises CheckpointError."""
         shape = self.headers[key].shape
         return self.rows(key, 0, math.prod(shape[:-1])).view(shape)
 
@@ -188,7 +196,7 @@ class Files:
         """`count` rows of the tensor seen as [rows, last dim], from row `first`. Raises CheckpointError."""
         entry, file = self.headers[key], self._file_of[key]
         width = entry.shape[-1] if entry.shape else 1
-        rows = torch.empty(count, width, dtype=_TORCH[entry.dtype])
+        rows = torch.empty(count, width, dtype=TORCH[entry.dtype])
         if not rows.nbytes:
             return rows
         try:

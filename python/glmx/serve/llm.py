@@ -36,6 +36,9 @@ class LLM:
                    most 8192
     max_num_seqs   requests that run at the same time
     max_num_batched_tokens  tokens computed at a time: longer prompts take several forwards, with the same results
+    mapped         use the checkpoint's files in place, where they hold what the model needs (glmx.load); they must not
+                   be cut short meanwhile. False: copy the weights
+    lock           keep the weights in memory, as the system's limit (ulimit -l) allows
     check_finite   look for NaN and infinity in the weights while they are read
     num_speculative_tokens  drafts of the MTP layer that a step verifies, for each request: K, or "auto", as many as pay
                    off, measured; 0: none. The results are the same, to the bit
@@ -53,6 +56,8 @@ class LLM:
         max_num_batched_tokens: int = 8192,
         num_speculative_tokens: int | str = 0,
         seed: int = 0,
+        mapped: bool = True,
+        lock: bool = False,
         check_finite: bool = False,
     ) -> None:
         check_drafts(num_speculative_tokens)
@@ -60,7 +65,7 @@ class LLM:
         self.directory = directory
         has_tokenizer = (directory / "tokenizer.json").exists()
         self.tokenizer = Tokenizer.from_dir(directory) if has_tokenizer else None
-        self.model = load(directory, device=device, dtype=dtype, check_finite=check_finite)
+        self.model = load(directory, device, dtype, mapped=mapped, lock=lock, check_finite=check_finite)
         limit = self.model.config.max_position_embeddings
         if max_model_len is not None and not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}, expected 2..{limit} (max_position_embeddings)")

@@ -271,7 +271,7 @@ def build_model(path: Path, dtype: torch.dtype, seed: int) -> Decoder:
     except CheckpointError as error:
         raise ConfigError(f"model is {str(path)!r}: {error}") from None
     if any(path.glob("*.safetensors*")):  # the files, or an index of files that load will miss by name
-        return load(path, dtype=dtype)
+        return load(path, dtype=dtype, dequantize=True)
     if not (path / "config.json").is_file():
         raise ConfigError(f"model is {str(path)!r}: no config.json there; expected a Hugging Face directory")
     config = dataclasses.replace(ModelConfig.from_dir(path), dtype=str(dtype).removeprefix("torch."))

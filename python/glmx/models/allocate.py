@@ -1,0 +1,163 @@
+"""Memory for a model that was built without any: what each of its tensors becomes, and what the files bring to it.
+
+A weight in few bits stays so where an op computes with it (stored.stays), as a StoredWeight; elsewhere, in fp32 or when
+asked for, it becomes a Parameter of bf16(q * scale). With mappings what lies in the files as the model needs it is used
+there, bf16 experts and gate beside up as StoredWeights too; what does not is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from glmx.models import stored
+from glmx.models.mapped import Mapped
+from glmx.models.safetensors import TORCH, Files
+from glmx.models.stored import Stored
+from glmx.ops.stored_weight import Matrix, StoredFormat, StoredWeight
+
+if TYPE_CHECKING:
+    from glmx.models.decoder import Decoder
+
+
+def not_finite(values: torch.Tensor) -> int:
+    """How many are NaN or infinite."""
+    return values.numel() - int(values.isfinite().sum())
+
+
+class Place(NamedTuple):
+    """Where a tensor of the files goes, or where it is used if it is `mapped`.
+
+    how         it is dequantised by this
+    not_finite  counts what must not be there, in a part of `tensor`
+    """
+
+    tensor: torch.Tensor
+    how: Stored | None = None
+    mapped: bool = False
+    not_finite: Callable[[torch.Tensor], int] = not_finite
+
+
+class Source(NamedTuple):
+    """A weight or other tensor of the checkpoint, and the part of the model's tensor that it is."""
+
+    key: str
+    view: torch.Tensor
+
+
+def allocate(
+    model: Decoder,
+    files: Files,
+    found: Mapping[str, Stored],
+    sources: Callable[[str, torch.Tensor], Sequence[Source]],
+    mapped: Mapped | None,
+    *,
+    keep_small: bool,
+) -> dict[str, Place]:
+    """Gives every tensor of a model on the meta device its memory -> the Place of each tensor of the files.
+
+    sources     the model's tensors, by name, in the checkpoint's spelling
+    keep_small  weights in few bits stay so; False: they become Parameters
+    Raises RuntimeError, torch's, where memory is short, and CheckpointError for a file that cannot be mapped.
+    """
+    allocation = _Allocation(files, found, sources, mapped, keep_small, model.dtype)
+    allocation.give(model)
+    return allocation.places
+
+
+class _Allocation:
+    def __init__(
+        self,
+        files: Files,
+        found: Mapping[str, Stored],
+        sources: Callable[[str, torch.Tensor], Sequence[Source]],
+        mapped: Mapped | None,
+        keep_small: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.places: dict[str, Place] = {}
+        self._files, self._found, self._sources, self._mapped = files, found, sources, mapped
+        self._keep_small = keep_small and dtype == torch.bfloat16
+        self._keep_bf16 = mapped is not None and dtype == torch.bfloat16
+
+    def give(self, model: Decoder) -> None:
+        made: dict[int, nn.Parameter] = {}  # by what they replace: a tied head is its embedding
+        for prefix, module in model.named_modules():
+            for name, old in list(module._parameters.items()):
+                if old is None:
+                    continue
+                if id(old) in made:
+                    module._parameters[name] = made[id(old)]
+                    continue
+                sources = self._sources(f"{prefix}.{name}", old)
+                format = self._format(sources)
+                if format is not None:
+                    delattr(module, name)
+                    setattr(module, name, self._stored_weight(format, sources, 2 if "gate_up" in prefix + name else 1))
+                else:
+                    module._parameters[name] = made[id(old)] = self._parameter(f"{prefix}.{name}", old, sources)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = new = torch.empty_like(buffer, device="cpu")
+                    self._receive(f"{prefix}.{name}", new)
+
+    def _format(self, sources: Sequence[Source]) -> StoredFormat | None:
+        """What a StoredWeight of these would be; None: they make a Parameter."""
+        if not all(stored.stays(source.key) for source in sources):
+            return None
+        found = {self._found[key].format if key in self._found else "" for key, _ in sources}
+        if self._keep_small and len(found) == 1 and "" not in found:
+            return found.pop()  # type: ignore[return-value]
+        plain = found == {""} and all(self._files.headers[key].dtype == "BF16" for key, _ in sources)
+        return "bf16" if plain and self._keep_bf16 and len(sources) > 1 else None
+
+    def _parameter(self, name: str, old: nn.Parameter, sources: Sequence[Source]) -> nn.Parameter:
+        if len(sources) == 1 and sources[0].key not in self._found and self._mapped is not None:
+            key = sources[0].key
+            tensor = self._mapped.tensor(key)
+            if tensor is not None and tensor.dtype == old.dtype:
+                self.places[key] = Place(tensor, mapped=True)
+                return nn.Parameter(tensor, requires_grad=False)
+        new = nn.Parameter(torch.empty_like(old, device="cpu"))
+        self._receive(name, new.detach())
+        return new
+
+    def _receive(self, name: str, tensor: torch.Tensor) -> None:
+        for key, view in self._sources(name, tensor):
+            how = self._found.get(key)
+            self.places[key if how is None else how.values] = Place(view, how)
+
+    def _stored_weight(self, format: StoredFormat, sources: Sequence[Source], parts: int) -> StoredWeight:
+        if format == "bf16":
+            values = self._held([key for key, _ in sources], torch.bfloat16, not_finite)
+            return StoredWeight(format, [Matrix(each, None) for each in values], parts=parts)
+        found = [self._found[key] for key, _ in sources]
+        dtypes = {TORCH[self._files.headers[how.scale].dtype] for how in found}
+        scale_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        value_dtype = TORCH[self._files.headers[found[0].values].dtype]
+        values = self._held([how.values for how in found], value_dtype, partial(stored.not_finite, format, scale=False))
+        scales = self._held([how.scale for how in found], scale_dtype, partial(stored.not_finite, format, scale=True))
+        pairs = [Matrix(value, scale) for value, scale in zip(values, scales, strict=True)]
+        return StoredWeight(format, pairs, parts=parts, columns=found[0].shape[1])
+
+    def _held(
+        self, keys: Sequence[str], dtype: torch.dtype, not_finite: Callable[[torch.Tensor], int]
+    ) -> list[torch.Tensor]:
+        """The tensors, mapped where they can be; the others in one new tensor that fill copies them to."""
+        out: dict[str, torch.Tensor] = {}
+        for key in keys:
+            tensor = None if self._mapped is None else self._mapped.tensor(key)
+            if tensor is not None and tensor.dtype == dtype:
+                out[key] = tensor
+                self.places[key] = Place(tensor, mapped=True, not_finite=not_finite)
+        copied = [key for key in keys if key not in out]
+        if copied:
+            shape = self._files.headers[copied[0]].shape
+            for key, tensor in zip(copied, torch.empty(len(copied), *shape, dtype=dtype), strict=True):
+                out[key] = tensor
+                self.places[key] = Place(tensor, not_finite=not_finite)
+        return [out[key] for key in keys]
