@@ -55,9 +55,9 @@ def outcome(act) -> dict:
         faulthandler.cancel_dump_traceback_later()
 
 
-def load_once(directory: Path, dtype: str, check_finite: bool) -> None:
-    model = glmx.load(directory, dtype=dtype, check_finite=check_finite)
-    held = sum(p.nbytes for p in model.parameters())
+def load_once(directory: Path, dtype: str, check_finite: bool, mapped: bool) -> None:
+    model = glmx.load(directory, dtype=dtype, check_finite=check_finite, mapped=mapped)
+    held = sum(t.nbytes for t in model.tensors())
     there = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
     assert held <= 2 * there, f"{held} bytes allocated for {there} bytes of files"
 
@@ -188,6 +188,20 @@ DSA = {**LITE, "model_type": "glm_moe_dsa", "index_n_heads": 2, "index_head_dim"
        "layer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1, "index_topk_pattern": None,
        "indexer_types": None, "indexer_rope_interleave": True, "index_share_for_mtp_iteration": False}  # fmt: skip
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+INT4_WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True,
+                "dynamic": False, "actorder": None}  # fmt: skip
+INT4_GROUP = {"weights": INT4_WEIGHTS, "input_activations": None, "output_activations": None, "format": None}
+INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized", "kv_cache_scheme": None}
+
+
+def int4(where: str, changes: dict) -> dict:
+    """The config of an int4 checkpoint, changed at its top, in its group or in what that says of weights."""
+    parts = {"top": INT4, "group": INT4_GROUP, "weights": INT4_WEIGHTS}
+    parts[where] = {**parts[where], **changes}
+    group = {**parts["group"], **({} if "weights" in changes else {"weights": parts["weights"]})}
+    return {"config_groups": {"group_0": group}, **parts["top"]}
+
+
 # Changes that leave many a config valid, so that its tensors are compared too.
 MILD = [(key, value) for key in BASE for value in (*range(10), True, False) if type(value) is type(BASE[key])]
 MILD += [(key, value) for key in BASE for value in (0.25, 1.0, 2.5, 1e4) if type(value) is type(BASE[key])]
@@ -210,6 +224,13 @@ CONFIGS = st.one_of(
             lambda changes: {"quantization_config": {**FP8, **changes}}
         ),
     ),
+    st.tuples(
+        st.just(BASE),
+        st.tuples(
+            st.sampled_from(["top", "group", "weights"]),
+            st.dictionaries(st.sampled_from([*INT4, "config_groups", *INT4_GROUP, *INT4_WEIGHTS]), JUNK, max_size=1),
+        ).map(lambda how: {"quantization_config": int4(*how)}),
+    ),
     st.tuples(st.just({"model_type": "glm4_moe"}), st.lists(st.sampled_from(MILD), min_size=9, max_size=25).map(dict)),
     st.tuples(st.just(BASE), st.dictionaries(st.text(max_size=6), JUNK, max_size=2)),
 )
@@ -219,9 +240,10 @@ CONFIG_BYTES = st.tuples(CONFIGS, rarely(SPOILS)).map(
 
 
 # Headers: lists of (name, entry), so that a name can be there twice.
-DTYPES = ["F32", "BF16", "F16", "F64", "I8", "F8_E4M3", "BOOL", "F4", "f32"]
+DTYPES = ["F32", "BF16", "F16", "F64", "I8", "I32", "F8_E4M3", "BOOL", "F4", "f32"]
 KEYS = st.sampled_from(["dtype", "shape", "data_offsets", "extra"])
 NAMES = ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.experts.gate_up_proj", "a\nb", "", "__metadata__"]
+NAMES += ["model.layers.0.mlp.down_proj.weight" + behind for behind in ("_packed", "_scale", "_shape", "_zero_point")]
 ANY_ENTRY = st.integers(0, 99)
 HEADER_CHANGES = st.lists(
     st.one_of(
@@ -293,19 +315,28 @@ WEIGHT_MAP = st.sampled_from(["one.safetensors", "two.safetensors", "../x.safete
 
 
 def quantise(file):
-    """Makes a matrix of layer 0 FP8 in blocks and one of layer 1 FP8 per channel."""
+    """Makes one matrix FP8 in blocks, one FP8 per channel, a layer's experts int4, and its shared expert int8."""
     tensors = load_file(file)
     for layer, suffix, shape in ((0, "_scale_inv", (1, 1)), (1, "_scale", (8, 1))):
         key = f"model.layers.{layer}.self_attn.o_proj.weight"
         tensors |= {key: tensors[key].to(torch.float8_e4m3fn), key + suffix: torch.ones(shape)}
+    for key in [key for key in tensors if key.startswith("model.layers.1.mlp.") and key.endswith("_proj.weight")]:
+        weight = tensors.pop(key)
+        rows, columns = weight.shape
+        if ".experts." in key:
+            tensors |= {key + "_packed": torch.full((rows, -(-columns // 8)), -1999844148, dtype=torch.int32),
+                        key + "_scale": torch.ones(rows, 1, dtype=torch.bfloat16),
+                        key + "_shape": torch.tensor([rows, columns])}  # fmt: skip
+        else:
+            tensors |= {key: weight.to(torch.int8), key + "_scale": torch.ones(rows, 1)}
     save_file(tensors, file)
 
 
 def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files: int, seed: int | None) -> None:
     loader = Loader()
 
-    def load(path: Path, dtype: str = "auto", check_finite: bool = False) -> None:
-        loader.run("load_once", path, dtype, check_finite)
+    def load(path: Path, dtype: str = "auto", check_finite: bool = False, mapped: bool = False) -> None:
+        loader.run("load_once", path, dtype, check_finite, mapped)
 
     config = glmx.models.config.ModelConfig.from_dict(BASE)
     good = checkpoint.save(random_model(config), directory / "good")
@@ -362,6 +393,7 @@ def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files
         (work / SINGLE).write_bytes(content)
         loader.run("same_as_the_library", work / SINGLE)
         load(work)
+        load(work, "bf16", check_finite=True, mapped=True)
 
     halves = ([e for e in entries if e[0] < "model.layers.1"], [e for e in entries if e[0] >= "model.layers.1"])
     good_map = {
@@ -387,15 +419,16 @@ def main(directory: Path, configs: int, headers: int, both: int, tokenizer_files
         rarely(SPOILS),
         st.sampled_from(["auto", "bf16", "fp32"]),
         st.booleans(),
+        st.booleans(),
     )
-    def _(config_bytes, changes, spoil, mapped, index_spoil, dtype, check_finite):
+    def _(config_bytes, changes, spoil, moved, index_spoil, dtype, check_finite, mapped):
         (work / "config.json").write_bytes(config_bytes or json.dumps(BASE).encode())
         for number, (name, (half, values)) in enumerate(zip(("one", "two"), split, strict=True)):
             content = file_bytes(changed(half, changes if number else []), values, None, spoil if number else None)
             (work / f"{name}.safetensors").write_bytes(content)
-        index = json.dumps({"weight_map": {**good_map, **(mapped or {})}}).encode()
+        index = json.dumps({"weight_map": {**good_map, **(moved or {})}}).encode()
         (work / INDEX).write_bytes(spoiled(index, index_spoil))
-        load(work, dtype, check_finite)
+        load(work, dtype, check_finite, mapped)
 
     texts = directory / "tokenizer"
     tokenizers.train(["def f(x):\n    return x + 1\n"] * 3, 256 + 24 + 8).save(texts)

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import glmx
 from glmx.cli import main as cli
 from glmx.models import checkpoint
 from glmx.models.plan import memory_plan
+from stored_glm import FORMATS, write
 from tiny_glm import CASES, random_model, tiny_config
 
 
@@ -24,6 +26,26 @@ def test_weights_and_cache_are_what_is_allocated(case, dtype):
     state = model.new_state(3, 100)
     assert plan.cache == sum(plane.nbytes for layer in state.layers for plane in layer.planes.values())
     assert plan.total == plan.weights + plan.cache + plan.activations
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("case", ["qk_norm_bias", "lite", "dsa_shared"])
+def test_weights_of_a_quantised_checkpoint(case, format, tmp_path, capsys):
+    """Scales and the MTP layer included; the correction biases are no weights. Without the files the config says it."""
+    config = tiny_config(**CASES[case])
+    write(random_model(config), tmp_path / "ckpt", format)
+    model = glmx.load(tmp_path / "ckpt")
+    expected = sum(t.nbytes for t in model.tensors()) - sum(buffer.nbytes for buffer in model.buffers())
+
+    def planned(*options):
+        assert cli.main(["plan", str(tmp_path / "ckpt"), "--tokens", "100", *options]) == 0
+        return capsys.readouterr().out
+
+    assert json.loads(planned("--json"))["weights"] == expected
+    assert f"parameters in bfloat16 and {format}, MTP layer included" in planned()
+    assert json.loads(planned("--json", "--dtype", "fp32"))["weights"] == 4 * config.num_parameters()
+    (tmp_path / "ckpt" / checkpoint.SINGLE).unlink()
+    assert json.loads(planned("--json"))["weights"] == expected
 
 
 def test_activations_grow_with_the_chunk_and_not_with_the_context():

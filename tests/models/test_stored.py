@@ -164,7 +164,7 @@ PACKED, SCALE, SHAPE = (KEY + behind for behind in ("_packed", "_scale", "_shape
         ("fp8_blocks", lambda t: t.update({KEY: t[KEY].to(torch.float8_e5m2)}), CheckpointError, "unknown"),
         ("fp8_blocks", lambda t: t.update({KEY: t[KEY].T}), CheckpointError, r"shape \[192, 160\], the config expects"),
         ("int8", lambda t: t.pop(SCALE), CheckpointError, f"{KEY} is I8: expected its _scale, found none"),
-        ("int8", lambda t: t.update({SCALE: torch.ones(1, 1)}), CheckpointError, r"shape \[1, 1\], expected \[160, 1\] for"),
+        ("int8", lambda t: t.update({SCALE: torch.ones(1, 1)}), CheckpointError, r"\[1, 1\], expected \[160, 1\] for"),
         (
             "int8",
             lambda t: t.update({"model.norm.weight": torch.ones(160).to(torch.int8)}),
@@ -209,8 +209,12 @@ PACKED, SCALE, SHAPE = (KEY + behind for behind in ("_packed", "_scale", "_shape
             CheckpointError,
             rf"tensor {KEY} has shape \[160, 128\], the config expects \[160, 192\]",
         ),
-        ("int4", lambda t: t.update({f"x.{PACKED}": t[PACKED].clone(), f"x.{SCALE}": t[SCALE].clone(),
-                                     f"x.{SHAPE}": t[SHAPE].clone()}), CheckpointError, f"unknown x.{PACKED}, x.{SCALE}"),
+        (
+            "int4",
+            lambda t: t.update({"x." + key: t[key].clone() for key in (PACKED, SCALE, SHAPE)}),
+            CheckpointError,
+            f"unknown x.{PACKED}, x.{SCALE}, x.{SHAPE}",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(write, format, change, error, words, monkeypatch):
@@ -246,8 +250,8 @@ ALL_THREE = "only 'int-quantized', 'pack-quantized', 'float-quantized'"
         ({**BLOCKS, "fmt": "e5m2"}, "fmt = 'e5m2' is not supported, only 'e4m3'"),
         ({**BLOCKS, "activation_scheme": "static"}, "activation_scheme = 'static'"),
         ({**CHANNEL, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
-        ({**CHANNEL, "format": "nvfp4-pack-quantized"}, f"format = 'nvfp4-pack-quantized' is not supported, {ALL_THREE}"),
-        ({**CHANNEL, "format": "mixed-precision"}, f"format = 'mixed-precision' is not supported, {ALL_THREE}"),
+        ({**CHANNEL, "format": "nvfp4-pack-quantized"}, f"= 'nvfp4-pack-quantized' is not supported, {ALL_THREE}"),
+        ({**CHANNEL, "format": "mixed-precision"}, f"= 'mixed-precision' is not supported, {ALL_THREE}"),
         ({**CHANNEL, "format": ["int-quantized"]}, "format = "),
         (without(CHANNEL, "config_groups"), "weights = None is not supported"),
         ({**CHANNEL, "config_groups": {"g": {"weights": {"type": "float", "num_bits": 4}}}}, "num_bits = 4"),
@@ -261,15 +265,17 @@ ALL_THREE = "only 'int-quantized', 'pack-quantized', 'float-quantized'"
         (of_weights("int4", num_bits=8), "num_bits = 8 is not supported, only 4"),
         (of_weights("int4", type="float"), "type = 'float' is not supported, only 'int'"),
         (of_weights("int4", group_size=32), "group_size = 32 is not supported, only 128"),
-        (of_weights("int4", strategy="channel", group_size=None), "strategy = 'channel' is not supported, only 'group'"),
+        (of_weights("int4", strategy="channel", group_size=None), "= 'channel' is not supported, only 'group'"),
         (of_weights("int4", symmetric=False), "symmetric = False"),
         (of_weights("int4", actorder="group"), "actorder = 'group' is not supported, only None"),
         (of_weights("int4", {"format": "int-quantized"}), "format = 'int-quantized' is not .* only 'pack-quantized'"),
         (
-            {**CONFIGS["int4"], "config_groups": {**CONFIGS["int4"]["config_groups"], **{
-                "group_1": of_weights("int8")["config_groups"]["group_0"]}}},
+            {**CONFIGS["int4"], "config_groups": {str(n): CONFIGS[format]["config_groups"]["group_0"]
+                                                  for n, format in enumerate(("int4", "int8"))}},
             "num_bits = 8 is not supported, only 4",
         ),
+        ({**CONFIGS["int4"], "transform_config": {"config_groups": {"R1": {}}}}, "transform_config = .* only None"),
+        ({**CONFIGS["int4"], "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config = "),
     ],
 )  # fmt: skip
 def test_other_formats_are_refused_by_name(table, words):

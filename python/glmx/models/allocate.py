@@ -2,7 +2,8 @@
 
 A weight in few bits stays so where an op computes with it (stored.stays), as a StoredWeight; elsewhere, in fp32 or when
 asked for, it becomes a Parameter of bf16(q * scale). With mappings what lies in the files as the model needs it is used
-there, bf16 experts and gate beside up as StoredWeights too; what does not is copied.
+there, bf16 experts and gate beside up as StoredWeights too; what does not is copied. A model that holds a StoredWeight
+has no gradients.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from glmx.layers.moe import Experts
 from glmx.models import stored
 from glmx.models.mapped import Mapped
 from glmx.models.safetensors import TORCH, Files
@@ -66,6 +68,8 @@ def allocate(
     """
     allocation = _Allocation(files, found, sources, mapped, keep_small, model.dtype)
     allocation.give(model)
+    if model.stored_weights():
+        model.requires_grad_(False)
     return allocation.places
 
 
@@ -87,33 +91,42 @@ class _Allocation:
     def give(self, model: Decoder) -> None:
         made: dict[int, nn.Parameter] = {}  # by what they replace: a tied head is its embedding
         for prefix, module in model.named_modules():
-            for name, old in list(module._parameters.items()):
-                if old is None:
-                    continue
-                if id(old) in made:
-                    module._parameters[name] = made[id(old)]
-                    continue
-                sources = self._sources(f"{prefix}.{name}", old)
-                format = self._format(sources)
+            held = {name: old for name, old in module._parameters.items() if old is not None}
+            sources = {name: self._sources(f"{prefix}.{name}", old) for name, old in held.items()}
+            formats = {name: self._format(f"{prefix}.{name}", parts) for name, parts in sources.items()}
+            if isinstance(module, Experts) and len(set(formats.values())) > 1:  # moe_mlp takes two of a kind
+                formats = dict.fromkeys(formats)
+            scale_dtype = self._scale_dtype([source for parts in sources.values() for source in parts])
+            for name, parts in sources.items():
+                old, format = held[name], formats[name]
                 if format is not None:
                     delattr(module, name)
-                    setattr(module, name, self._stored_weight(format, sources, 2 if "gate_up" in prefix + name else 1))
+                    new = self._stored_weight(format, parts, scale_dtype, 2 if "gate_up" in prefix + name else 1)
+                    setattr(module, name, new)
                 else:
-                    module._parameters[name] = made[id(old)] = self._parameter(f"{prefix}.{name}", old, sources)
+                    if id(old) not in made:
+                        made[id(old)] = self._parameter(f"{prefix}.{name}", old, parts)
+                    module._parameters[name] = made[id(old)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = new = torch.empty_like(buffer, device="cpu")
-                    self._receive(f"{prefix}.{name}", new)
+                    module._buffers[name] = own = torch.empty_like(buffer, device="cpu")
+                    self._receive(f"{prefix}.{name}", own)
 
-    def _format(self, sources: Sequence[Source]) -> StoredFormat | None:
+    def _format(self, name: str, sources: Sequence[Source]) -> StoredFormat | None:
         """What a StoredWeight of these would be; None: they make a Parameter."""
         if not all(stored.stays(source.key) for source in sources):
             return None
-        found = {self._found[key].format if key in self._found else "" for key, _ in sources}
-        if self._keep_small and len(found) == 1 and "" not in found:
-            return found.pop()  # type: ignore[return-value]
-        plain = found == {""} and all(self._files.headers[key].dtype == "BF16" for key, _ in sources)
-        return "bf16" if plain and self._keep_bf16 and len(sources) > 1 else None
+        found = {self._found[key].format if key in self._found else None for key, _ in sources}
+        if self._keep_small and len(found) == 1 and None not in found:
+            return found.pop()
+        assembled = found == {None} and sources[0].key != name
+        bf16 = assembled and all(self._files.headers[key].dtype == "BF16" for key, _ in sources)
+        return "bf16" if bf16 and self._keep_bf16 else None
+
+    def _scale_dtype(self, sources: Sequence[Source]) -> torch.dtype:
+        found = [self._found[key] for key, _ in sources if key in self._found]
+        dtypes = {TORCH[self._files.headers[how.scale].dtype] for how in found}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def _parameter(self, name: str, old: nn.Parameter, sources: Sequence[Source]) -> nn.Parameter:
         if len(sources) == 1 and sources[0].key not in self._found and self._mapped is not None:
@@ -131,15 +144,15 @@ class _Allocation:
             how = self._found.get(key)
             self.places[key if how is None else how.values] = Place(view, how)
 
-    def _stored_weight(self, format: StoredFormat, sources: Sequence[Source], parts: int) -> StoredWeight:
+    def _stored_weight(
+        self, format: StoredFormat, sources: Sequence[Source], scale_dtype: torch.dtype, parts: int
+    ) -> StoredWeight:
         if format == "bf16":
             values = self._held([key for key, _ in sources], torch.bfloat16, not_finite)
             return StoredWeight(format, [Matrix(each, None) for each in values], parts=parts)
         found = [self._found[key] for key, _ in sources]
-        dtypes = {TORCH[self._files.headers[how.scale].dtype] for how in found}
-        scale_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        value_dtype = TORCH[self._files.headers[found[0].values].dtype]
-        values = self._held([how.values for how in found], value_dtype, partial(stored.not_finite, format, scale=False))
+        dtype = TORCH[self._files.headers[found[0].values].dtype]
+        values = self._held([how.values for how in found], dtype, partial(stored.not_finite, format, scale=False))
         scales = self._held([how.scale for how in found], scale_dtype, partial(stored.not_finite, format, scale=True))
         pairs = [Matrix(value, scale) for value, scale in zip(values, scales, strict=True)]
         return StoredWeight(format, pairs, parts=parts, columns=found[0].shape[1])

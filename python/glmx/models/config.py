@@ -151,7 +151,7 @@ class ModelConfig:
         """Reads a config.json's content: transformers 4 (`rope_theta`) and 5 (`rope_parameters`) spellings.
 
         Keys that do not change what is computed (architectures, use_cache, ...) are passed over. A
-        quantization_config is checked and not kept: FP8 weights are dequantised while they are loaded.
+        quantization_config is checked and not kept: what is quantised, the files' headers say.
         """
         types = {field.name: str(field.type) for field in fields(cls)}
         return cls(**config_json.values(raw, types, _REQUIRED))

@@ -74,7 +74,8 @@ def check_config(table: Mapping[str, Any] | None) -> StoredFormat | None:
         )
     name = "float-quantized" if table.get("format") is None else table["format"]
     _only({"format": name}, "format", *_COMPRESSED)
-    _only(table, "kv_cache_scheme", None)
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        _only(table, key, {}, None)
     format, kind, bits, strategy, group_sizes = _COMPRESSED[name]
     groups = table.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else [groups]:
@@ -113,7 +114,7 @@ def quantises(key: str, format: StoredFormat) -> bool:
     """Whether released checkpoints of a format keep the tensor `key` of layout.tensors in few bits."""
     if ".indexer." in key:
         return format == "fp8_blocks" and key.endswith((".wq_b.weight", ".wk.weight"))
-    return key.endswith(("_proj.weight", "_proj_with_mqa.weight")) and not key.endswith(".eh_proj.weight")
+    return key.endswith(("_proj.weight", "_proj_with_mqa.weight")) and not key.endswith("eh_proj.weight")
 
 
 def stays(key: str) -> bool:
@@ -121,7 +122,7 @@ def stays(key: str) -> bool:
     reads embeddings and the head.
     """
     linear = key.endswith(("_proj.weight", "_proj_with_mqa.weight", ".wq_b.weight", ".wk.weight"))
-    return linear and not key.endswith(".kv_b_proj.weight")
+    return linear and not key.endswith("kv_b_proj.weight")
 
 
 def nbytes(format: StoredFormat, rows: int, columns: int) -> int:
