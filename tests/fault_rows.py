@@ -180,6 +180,8 @@ def faults() -> list[Fault]:
     add("GLM-5.3-Flash", GENERATE, "glm5_next", values(CONFIG, model_type="glm5_next"))
     add("config.json cut short", GENERATE, CONFIG, shorter(CONFIG, 100), library=True)
     add("a word for a number in config.json", GENERATE, "hidden_size 'big'", values(CONFIG, hidden_size="big"))
+    awq = values(CONFIG, quantization_config={"quant_method": "awq"})
+    add("a quantisation that glmx lacks", GENERATE, "quant_method awq fp8 compressed-tensors", awq)
     add("no weights", GENERATE, f"{STEP} model.safetensors", removed(WEIGHTS))
     add("weights cut short", GENERATE, WEIGHTS, shorter(WEIGHTS, -1000))
     add("weights that are no safetensors file", GENERATE, WEIGHTS, text(WEIGHTS, b"PK\x03\x04" + bytes(200)))

@@ -9,6 +9,7 @@ that are mapped alone.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import resource
@@ -95,5 +96,6 @@ def lock_memory(tensors: Iterable[torch.Tensor]) -> int:
     return size
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
