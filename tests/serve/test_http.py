@@ -386,7 +386,13 @@ def test_a_client_that_hangs_up_frees_the_worker(server, streaming):
 
 def test_the_start_up_print(server, directory):
     text = "".join(server.lines)
-    for words in ("tiny (glm4_moe, 3 layers", "dtype    fp32, numerics x86-", "grouped_gemm", "API key  required"):
+    for words in (
+        "tiny (glm4_moe, 3 layers",
+        "weights  0.00 GiB, mapped\n",
+        "dtype    fp32, numerics x86-",
+        "grouped_gemm",
+        "API key  required",
+    ):
         assert words in text
     assert str(directory) in text and KEY not in text
     command = shlex.split(server.lines[-1].replace("YOUR_KEY", KEY))
