@@ -4,6 +4,8 @@ under each format, what they refuse, and a checkpoint of compressed-tensors' own
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
 import random
@@ -326,6 +328,20 @@ def test_such_a_model_is_neither_trained_nor_saved(checkpoints, tmp_path, format
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".tmp*")) and not model.training
     with torch.enable_grad():
         assert not model(random_ids(model.config, 1, 3)).logits.requires_grad
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS)
+def test_a_copy_stands_on_its_own(checkpoints, format):
+    """The addresses that ops compute with are those of the copy's tensors."""
+    model = glmx.load(checkpoints("qk_norm_bias", format), mapped=True)
+    expected = logits(model)
+    file = io.BytesIO()
+    torch.save(glmx.load(checkpoints("qk_norm_bias", format)), file)  # which does not save two dtypes of one mapping
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        for weight in twin.stored_weights().values():
+            assert weight.table.flatten()[0] == weight.matrices[0].values.data_ptr()
+        assert not any(map(file_of, twin.tensors())) and torch.equal(logits(twin), expected)
 
 
 def test_training_starts_from_parameters(checkpoints):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -89,6 +90,11 @@ class StoredWeight:
     def nbytes(self) -> int:
         """Bytes of values and scales."""
         return sum(q.nbytes + (0 if scale is None else scale.nbytes) for q, scale in self.matrices)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, has the addresses of its own tensors."""
+        make = functools.partial(StoredWeight, parts=self.parts, columns=self.shape[2])
+        return make, (self.format, self.matrices)
 
     def __repr__(self) -> str:
         return f"StoredWeight({self.format}, {list(self.shape)}, parts={self.parts})"
