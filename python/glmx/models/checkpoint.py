@@ -6,11 +6,12 @@ fused. `_sources` is the one place that knows both spellings. Tensors are read a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,19 +124,27 @@ def load(
     directory = resolve(path)
     config = ModelConfig.from_dir(directory)
     compute, place = _compute_dtype(config, dtype), _device(device)
-    # A name, its shape and its range take a hundred bytes or two; metadata may be longer.
-    files = Files(directory, max_header=min(MAX_HEADER, 2**20 + 1024 * layout.num_tensors(config)))
-    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
-    if config.num_nextn_predict_layers and not any(key.startswith(mtp_prefix) for key in files.keys):
-        config = replace(config, num_nextn_predict_layers=0)
-    _check_count(config, files, directory)
-    _check_tensors(Decoder(config, compute, "meta"), files, directory)
+    config, files = opened(directory, config)
     model = _allocated(config, compute, place)
     _keep_fp32_routers(model, files)
     fill(
         {key: source.view for key, source in _expected(model, files.keys).items()}, _copies(model), files, check_finite
     )
     return model.eval()
+
+
+def opened(directory: Path, config: ModelConfig) -> tuple[ModelConfig, Files]:
+    """The files of a checkpoint, whose tensors are those of the config, and the config: without the MTP layer where the
+    files have none. Raises CheckpointError and UnsupportedError as `load`.
+    """
+    # A name, its shape and its range take a hundred bytes or two; metadata may be longer.
+    files = Files(directory, max_header=min(MAX_HEADER, 2**20 + 1024 * layout.num_tensors(config)))
+    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
+    if config.num_nextn_predict_layers and not any(key.startswith(mtp_prefix) for key in files.keys):
+        config = replace(config, num_nextn_predict_layers=0)
+    _check_count(config, files, directory)
+    _check_tensors(Decoder(config, torch.bfloat16, "meta"), files, directory)
+    return config, files
 
 
 def _check_count(config: ModelConfig, files: Files, directory: Path) -> None:
@@ -195,6 +204,21 @@ def save(
     then renamed, so `path` is complete or absent. Tokenizer files are copied from `tokenizer_files_from`.
     Raises CheckpointError when `path` exists and is not empty, unless `overwrite`.
     """
+    with writing(path, overwrite) as temporary:
+        _write_tensors(model, temporary, max_shard_bytes)
+        write_json(temporary / "config.json", {**model.config.to_dict(), "dtype": _dtype_name(model.dtype)})
+        write_json(temporary / "generation_config.json", _generation_config(model.config))
+        if tokenizer_files_from is not None:
+            copy_files(TOKENIZER_FILES, Path(tokenizer_files_from), temporary)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which is synced and takes the name `path` when the block ends without an error.
+
+    Raises CheckpointError when `path` exists and is not empty, unless `overwrite`.
+    """
     target = Path(path)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"'{target}' exists; choose another name or remove it")
@@ -203,13 +227,7 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _write_tensors(model, temporary, max_shard_bytes)
-        _write_json(temporary / "config.json", {**model.config.to_dict(), "dtype": _dtype_name(model.dtype)})
-        _write_json(temporary / "generation_config.json", _generation_config(model.config))
-        for name in TOKENIZER_FILES if tokenizer_files_from is not None else ():
-            file = Path(tokenizer_files_from or "") / name
-            if file.exists():
-                shutil.copyfile(file, temporary / name)
+        yield temporary
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -224,7 +242,13 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return target
+
+
+def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Those of the files that `source` has."""
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 # The two spellings.
@@ -317,7 +341,7 @@ def _write_tensors(model: Decoder, directory: Path, max_shard_bytes: int) -> Non
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _generation_config(config: ModelConfig) -> dict[str, Any]:
@@ -325,7 +349,7 @@ def _generation_config(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
