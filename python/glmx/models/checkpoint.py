@@ -39,7 +39,7 @@ _DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
-_SHARD_BYTES = 5 * 2**30
+SHARD_BYTES = 5 * 2**30
 
 
 class _Source(NamedTuple):
@@ -196,7 +196,7 @@ def save(
     tokenizer_files_from: str | Path | None = None,
     *,
     overwrite: bool = False,
-    max_shard_bytes: int = _SHARD_BYTES,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes what `load` and transformers read: safetensors, config.json, generation_config.json.
 
@@ -284,6 +284,11 @@ def _expected(model: Decoder, keys: set[str]) -> dict[str, _Source]:
         for source in _sources(name, tensor, fused_experts=name in keys):
             out[source.key] = source
     return out
+
+
+def views(model: Decoder) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of `model`, experts apart, as the parts of the model that hold them."""
+    return {key: source.view for key, source in _expected(model, set()).items()}
 
 
 def _copies(model: Decoder) -> dict[str, torch.Tensor]:
