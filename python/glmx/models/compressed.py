@@ -112,11 +112,10 @@ def nearest(weight: torch.Tensor, scale: torch.Tensor, to: Format) -> torch.Tens
 
 def dequantised(quantised: Quantised, to: Format) -> torch.Tensor:
     """fp32 [rows, K]: the weight that is meant."""
-    q, scale = quantised
-    if to == "int8":
-        return q * scale
-    columns = q.shape[1]
-    return (q * scale.repeat_interleave(GROUP, 1)[:, :columns]).bfloat16().float()
+    weight = quantised.q.float()
+    for i, (_, group) in enumerate(groups(weight, to)):
+        group *= quantised.scale[:, i : i + 1]
+    return weight.copy_(weight.bfloat16()) if to == "int4" else weight
 
 
 def config(to: Format) -> dict[str, Any]:

@@ -308,4 +308,4 @@ def _written(directory: Path, to: Format) -> Iterator[tuple[str, Quantised]]:
 
 
 def _norm2(x: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(x)) ** 2
