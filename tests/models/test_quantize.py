@@ -119,6 +119,13 @@ def test_partial_words_and_groups(columns):
     assert torch.equal(quantised.scale, quantised.scale.bfloat16().float())
 
 
+def test_the_largest_value_is_half_a_step_from_either_end():
+    q, scale = compressed.rounded(torch.tensor([[-7.51, 3.2, 7.51, -0.4]]), "int4")
+    assert scale.item() == 1 and q.tolist() == [[-8, 3, 7, 0]]
+    q, scale = compressed.rounded(torch.tensor([[-127.0, 3.2, 100.4]]), "int8")
+    assert scale.item() == 1 and q.tolist() == [[-127, 3, 100]]
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_zeros_and_specks_have_a_scale(to):
     weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(1))
@@ -133,9 +140,10 @@ def test_zeros_and_specks_have_a_scale(to):
 
 
 @pytest.mark.parametrize("form", ["channel", "blocks", "fused", "fp16", "shards"])
-def test_other_spellings_of_the_source_give_the_same(form, tmp_path):
-    """FP8 is what its bf16 weights are; fused experts are experts; fp16 weights that bf16 holds too."""
-    model = odd_model("glm4_moe")
+def test_other_spellings_of_the_source_give_the_same(form, tmp_path, monkeypatch):
+    """FP8 is what its bf16 weights are, also where it is copied (an indexer's); fused experts are experts."""
+    monkeypatch.setattr("glmx.models.quantize._PIECE", 160 * 20)
+    model = odd_model("glm_moe_dsa")
     checkpoint.save(model, tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / SINGLE)
     other, config = tmp_path / "other", {**model.config.to_dict(), "dtype": "bfloat16"}
