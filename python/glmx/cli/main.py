@@ -1,6 +1,6 @@
 """The `glmx` command: runs one command module and turns a user's mistake into one line and exit code 2.
 
-Each command is one thin module `glmx.cli.<name>` with two functions:
+Each command is one thin module `glmx.cli.<name>` (an underscore for a dash) with two functions:
 
     add_arguments(parser: argparse.ArgumentParser) -> None
     run(args: argparse.Namespace) -> int
@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from glmx import __version__
 from glmx.cli import write_out
@@ -29,7 +29,13 @@ COMMANDS = {
     "generate": "complete a prompt with a checkpoint",
     "serve": "serve a checkpoint over HTTP, as OpenAI's API",
     "plan": "say how much memory a model and its cache take",
+    "quantize": "write a checkpoint with int8 or int4 weights",
+    "make-random": "write a checkpoint of random weights of any shape",
 }
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"glmx.cli.{command.replace('-', '_')}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +52,7 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         description = summary[0].upper() + summary[1:] + "."
         subparser = commands.add_parser(name, help=summary, description=description)
         if name == command:
-            importlib.import_module(f"glmx.cli.{name}").add_arguments(subparser)
+            _module(name).add_arguments(subparser)
     return parser
 
 
@@ -56,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((arg for arg in argv if not arg.startswith("-")), None)
     args = _build_parser(command).parse_args(argv)
     try:
-        code = importlib.import_module(f"glmx.cli.{args.command}").run(args)
+        code = _module(args.command).run(args)
         write_out("")  # what is buffered, while a full disk can still be reported
         return code
     except BrokenPipeError:

@@ -15,7 +15,7 @@ Legend: T tokens of a micro-batch (rows * seq_len), flat; S steps of the MTP lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -202,6 +202,17 @@ class PackedRows:
         return segments
 
 
+class Documents:
+    """Documents in memory, as HeldoutRows reads those of TokenShards."""
+
+    def __init__(self, documents: Sequence[Sequence[int]]) -> None:
+        self._documents = [np.asarray(document, dtype=np.int64) for document in documents]
+        self.num_documents = len(self._documents)
+
+    def document(self, index: int) -> np.ndarray:
+        return self._documents[index]
+
+
 class HeldoutRows:
     """Batches that score every token of a shard set exactly once, in order, the same on every iteration.
 
@@ -212,7 +223,7 @@ class HeldoutRows:
     """
 
     def __init__(
-        self, shards: TokenShards, *, seq_len: int, batch_tokens: int, context: int = 0, every: int = 1
+        self, shards: TokenShards | Documents, *, seq_len: int, batch_tokens: int, context: int = 0, every: int = 1
     ) -> None:
         if not 0 <= context < seq_len:
             raise ConfigError(f"context = {context}: expected 0 <= context < seq_len = {seq_len}")

@@ -104,6 +104,13 @@ def train(texts: Iterable[str], vocab_size: int, *, pattern: str = GLM_PATTERN) 
     return Tokenizer(hf, chat_template=default_chat_template())
 
 
+def bytes_only() -> Tokenizer:
+    """A token for each byte and the special tokens: for models that no tokenizer was made for."""
+    tokenizer = train((), 256 + len(SPECIAL_TOKENS) + len(TAG_TOKENS))
+    tokenizer.chat_template = None  # its reader takes that of the model's family
+    return tokenizer
+
+
 def default_chat_template(model_type: str = "glm4_moe") -> str:
     """The chat template for a checkpoint that carries none: GLM-4.5's and 4.6's form for glm4_moe, which a trained
     tokenizer is saved with too, and the form of GLM-4.7 and 5 for glm4_moe_lite and glm_moe_dsa."""

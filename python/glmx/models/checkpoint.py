@@ -7,11 +7,12 @@ spellings. Tensors are read and written one at a time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ _DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
-_SHARD_BYTES = 5 * 2**30
+SHARD_BYTES = 5 * 2**30
 
 
 def resolve(path: str | Path) -> Path:
@@ -130,6 +131,20 @@ def load(
     config = ModelConfig.from_dir(directory)
     compute = _compute_dtype(config, dtype)
     _check_device(device)
+    config, files, found = opened(directory, config)
+    model = Decoder(config, compute, "meta")
+    _keep_fp32_routers(model, files)
+    places = _allocated(model, files, found, Mapped(files) if mapped else None, not dequantize)
+    fill(places, _copies(model), found, files, check_finite)
+    if lock:
+        lock_memory(model.tensors())
+    return model.eval()
+
+
+def opened(directory: Path, config: ModelConfig) -> tuple[ModelConfig, Files, dict[str, stored.Stored]]:
+    """The config, without the MTP layer where the files have none; the files of a checkpoint, whose tensors are those
+    of the config; and its weights in few bits. Raises CheckpointError and UnsupportedError as `load`.
+    """
     # A name, its shape and its range take a hundred bytes or two; metadata may be longer.
     files = Files(directory, max_header=min(MAX_HEADER, 2**20 + 1024 * layout.num_tensors(config)))
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."
@@ -137,14 +152,8 @@ def load(
         config = replace(config, num_nextn_predict_layers=0)
     _check_count(config, files, directory)
     found = stored.find(files)
-    model = Decoder(config, compute, "meta")
-    _check_tensors(model, files, found, directory)
-    _keep_fp32_routers(model, files)
-    places = _allocated(model, files, found, Mapped(files) if mapped else None, not dequantize)
-    fill(places, _copies(model), found, files, check_finite)
-    if lock:
-        lock_memory(model.tensors())
-    return model.eval()
+    _check_tensors(Decoder(config, torch.bfloat16, "meta"), files, found, directory)
+    return config, files, found
 
 
 def _check_count(config: ModelConfig, files: Files, directory: Path) -> None:
@@ -203,7 +212,7 @@ def save(
     tokenizer_files_from: str | Path | None = None,
     *,
     overwrite: bool = False,
-    max_shard_bytes: int = _SHARD_BYTES,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes what `load` and transformers read: safetensors, config.json, generation_config.json.
 
@@ -213,6 +222,21 @@ def save(
     weights that are held as its checkpoint stores them.
     """
     tensors = dict(_named_tensors(model))
+    with writing(path, overwrite) as temporary:
+        _write_tensors(tensors, temporary, max_shard_bytes)
+        write_json(temporary / "config.json", {**model.config.to_dict(), "dtype": _dtype_name(model.dtype)})
+        write_json(temporary / "generation_config.json", _generation_config(model.config))
+        if tokenizer_files_from is not None:
+            copy_files(TOKENIZER_FILES, Path(tokenizer_files_from), temporary)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which is synced and takes the name `path` when the block ends without an error.
+
+    Raises CheckpointError when `path` exists and is not empty, unless `overwrite`.
+    """
     target = Path(path)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"'{target}' exists; choose another name or remove it")
@@ -221,13 +245,7 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _write_tensors(tensors, temporary, max_shard_bytes)
-        _write_json(temporary / "config.json", {**model.config.to_dict(), "dtype": _dtype_name(model.dtype)})
-        _write_json(temporary / "generation_config.json", _generation_config(model.config))
-        for name in TOKENIZER_FILES if tokenizer_files_from is not None else ():
-            file = Path(tokenizer_files_from or "") / name
-            if file.exists():
-                shutil.copyfile(file, temporary / name)
+        yield temporary
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -242,7 +260,13 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return target
+
+
+def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Those of the files that `source` has."""
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 # The two spellings.
@@ -285,6 +309,11 @@ def _expected(model: Decoder, keys: set[str]) -> dict[str, Source]:
         for source in _sources(keys, name, tensor):
             out[source.key] = source
     return out
+
+
+def views(model: Decoder) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of `model`, experts apart, as the parts of the model that hold them."""
+    return {key: source.view for key, source in _expected(model, set()).items()}
 
 
 def _copies(model: Decoder) -> dict[str, torch.Tensor]:
@@ -341,7 +370,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], directory: Path, max_sha
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _generation_config(config: ModelConfig) -> dict[str, Any]:
@@ -349,7 +378,7 @@ def _generation_config(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

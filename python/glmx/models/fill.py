@@ -100,22 +100,26 @@ def _pieces(
 
 
 class Progress:
-    """A line on a terminal that says how much is read; nothing elsewhere, and nothing for what is quick."""
+    """A line on a terminal that says how much is done; nothing elsewhere, and nothing for what is quick."""
 
     def __init__(
-        self, total_bytes: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        total_bytes: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        word: str = "loading",
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._clock, self._begun = clock, clock()
         self._next = self._begun + _QUIET_S
-        self._total, self._done, self._width = total_bytes, 0, 0
+        self._total, self._done, self._width, self._word = total_bytes, 0, 0, word
         self._shown = self._stream is not None and self._stream.isatty()
 
     def __enter__(self) -> Progress:
         return self
 
     def add(self, count: int) -> None:
-        """`count` more bytes are read."""
+        """`count` more bytes are done."""
         self._done += count
         now = self._clock()
         if not self._shown or now < self._next:
@@ -125,8 +129,8 @@ class Progress:
         left = (self._total - self._done) / speed if speed else 0.0
         filled = 30 * self._done // max(self._total, 1)
         line = (
-            f"loading [{'#' * filled}{'.' * (30 - filled)}] {self._done / 2**30:.1f} of {self._total / 2**30:.1f} GiB, "
-            f"{speed / 2**30:.1f} GiB/s, {left:.0f} s left"
+            f"{self._word} [{'#' * filled}{'.' * (30 - filled)}] "
+            f"{self._done / 2**30:.1f} of {self._total / 2**30:.1f} GiB, {speed / 2**30:.1f} GiB/s, {left:.0f} s left"
         )
         self._stream.write("\r" + line.ljust(self._width))
         self._stream.flush()

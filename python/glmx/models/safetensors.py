@@ -3,14 +3,17 @@
 The format: 8 bytes, little-endian, the length of the header; the header, a JSON object from tensor name to dtype,
 shape and byte range in the data; the data, every byte of it in one tensor
 (huggingface/safetensors, "Format"). Everything is decided from the header and the file's size, before
-any tensor is read; then rows are read as they are asked for. models/mapped.py uses them where they lie instead.
+any tensor is read; then rows are read as they are asked for; models/mapped.py uses them where they lie instead.
+`StreamedFiles` writes shards of tensors that nobody holds.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -42,6 +45,9 @@ TORCH = {
     "I64": torch.int64,
 }
 _MAX_OPEN = 4  # files; a weight and its scales may be in two
+
+_NAMES = {dtype: name for name, dtype in TORCH.items()}
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
 class Entry(NamedTuple):
@@ -245,3 +251,93 @@ def _read_index(index: Path, max_bytes: int) -> dict[str, Path]:
     if absent:
         raise CheckpointError(f"'{index.parent}' lacks {listed(absent)}, named in {INDEX}")
     return {key: index.parent / name for key, name in weight_map.items()}
+
+
+class Planned(NamedTuple):
+    """A tensor that will be written: its name, dtype and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class StreamedFiles:
+    """The safetensors files of a directory, written piece by piece: a context manager, which ends with the index.
+
+    Tensors are spread over shards in the order given, those of a group into the same one. In a shard those whose size
+    is a multiple of 64 bytes come first, each at a multiple of 64 in the file: a weight can then be used where it lies
+    in a mapped file. Raises CheckpointError for what the disk refuses.
+    """
+
+    def __init__(self, directory: Path, groups: Iterable[Sequence[Planned]], max_shard_bytes: int) -> None:
+        shards: list[list[Planned]] = [[]]
+        size = self.total = 0
+        for group in groups:
+            nbytes = sum(tensor.nbytes for tensor in group)
+            if shards[-1] and size + nbytes > max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1] += group
+            size += nbytes
+            self.total += nbytes
+        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        names = names if len(shards) > 1 else [SINGLE]
+        self._directory = directory
+        self._shards = dict(zip(names, shards, strict=True))
+        self._weight_map = {tensor.name: name for name, shard in self._shards.items() for tensor in shard}
+        self._places: dict[str, tuple[int, int]] = {}  # name -> where its next bytes go in its file, where they end
+        self._open: dict[str, BinaryIO] = {}
+        self._left = {name: sum(tensor.nbytes for tensor in shard) for name, shard in self._shards.items()}
+
+    def write(self, name: str, piece: torch.Tensor) -> None:
+        """The next bytes of a tensor: whole, or rows behind those written before."""
+        file = self._weight_map[name]
+        try:
+            if file not in self._open:
+                self._open[file] = open(self._directory / file, "wb")  # noqa: SIM115 - closed when full
+                self._begin(file)
+            start, end = self._places[name]
+            assert start + piece.nbytes <= end, f"{name}: {start + piece.nbytes - end} bytes too many"
+            self._open[file].seek(start)
+            self._open[file].write(piece.contiguous().flatten().view(torch.uint8).numpy().data)
+            self._places[name] = (start + piece.nbytes, end)
+            self._left[file] -= piece.nbytes
+            if not self._left[file]:
+                self._open[file].close()
+        except OSError as error:
+            raise CheckpointError(f"cannot write '{self._directory / file}': {error.strerror or error}") from None
+
+    def _begin(self, file: str) -> None:
+        """Writes the header, and decides where each tensor goes."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # By the largest power of two in its size, up to 64: what follows a tensor is then aligned for itself too.
+        for tensor in sorted(self._shards[file], key=lambda t: -min(t.nbytes & -t.nbytes or _ALIGNMENT, _ALIGNMENT)):
+            end = offset + tensor.nbytes
+            entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            header[tensor.name] = entry
+            self._places[tensor.name] = (offset, end)
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        self._open[file].write(len(text).to_bytes(8, "little") + text)
+        for tensor in self._shards[file]:
+            start, end = self._places[tensor.name]
+            self._places[tensor.name] = (8 + len(text) + start, 8 + len(text) + end)
+
+    def __enter__(self) -> StreamedFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for opened in self._open.values():
+            opened.close()
+        if kind is None:
+            unwritten = [name for name, left in self._left.items() if left]
+            assert not unwritten, f"not every tensor of {', '.join(unwritten)} was written"
+            if len(self._shards) > 1:
+                index = {"metadata": {"total_size": self.total}, "weight_map": self._weight_map}
+                (self._directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""One micro-batch: forward, losses, backward; and the held-out loss.
+"""One micro-batch: forward, losses, backward.
 
     T flat tokens of a micro-batch's packed rows, H hidden, V vocabulary, S steps of the MTP layer
 
@@ -177,12 +177,3 @@ def forward_backward(
 def _runs(trunk: list[X], passes: list[list[X]]) -> list[list[X]]:
     """What each run of each layer left: the model's layers ran once, the MTP layer, the last, in every pass."""
     return [[x] for x in trunk] + [list(runs) for runs in zip(*passes, strict=True)]
-
-
-@torch.no_grad()
-def heldout_nats(model: Decoder, micro: PackedBatch) -> float:
-    """Summed negative log-prob of a micro-batch's targets under the main head."""
-    from glmx.models.batch import Batch
-
-    hidden_TH = model.forward_tokens(micro.ids, micro.positions, Batch(micro.cu_seqlens))
-    return -exact_sum(target_logprobs(model, hidden_TH, micro.targets))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from glmx.errors import CheckpointError, ConfigError
 from glmx.train import checkpoint
 from glmx.train.balance import router_biases
 from glmx.train.config import PretrainConfig, as_dict, fingerprint, refuse_changed
-from glmx.train.loss import heldout_nats
 from glmx.train.optim import AdamW, part_of
 
 if TYPE_CHECKING:
@@ -173,6 +171,7 @@ class Run:
         heldout_bpb is null without a tokenizer.
         """
         from glmx.data.packing import HeldoutRows
+        from glmx.models import likelihood
 
         if self.heldout is None:
             return None
@@ -184,22 +183,14 @@ class Run:
             context=int(seq_len * HELDOUT_CONTEXT),
             every=1 if last or not limit else -(-self.heldout.num_tokens // limit),
         )
-        lengths = self.byte_lengths
-        nats, targets, size = [], 0, 0
         self.model.eval()
-        for micro in batches:
-            nats.append(heldout_nats(self.model, micro))
-            scored = micro.targets[micro.targets >= 0]
-            targets += scored.numel()
-            if lengths is not None:
-                size += int(lengths[scored].sum())
+        found = likelihood.measure(self.model, batches, self.byte_lengths)
         self.model.train()
-        total = math.fsum(nats)
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "heldout_loss": total / max(targets, 1),
-            "heldout_bpb": total / math.log(2) / size if size else None,
+            "heldout_loss": found.nats_per_token,
+            "heldout_bpb": found.bits_per_byte,
         }
 
     def _byte_lengths(self) -> torch.Tensor | None:
