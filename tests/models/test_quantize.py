@@ -16,7 +16,6 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_fp8 import BLOCKS, CHANNEL, is_quantised, quantise
 
 from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models import calibrate, checkpoint, compressed, layout
@@ -33,6 +32,38 @@ OF_FAMILY = {
     "glm_moe_dsa": {"q_lora_rank": 136, "kv_lora_rank": 200, "qk_nope_head_dim": 40, "v_head_dim": 48},
 }
 FORMATS = ("int4", "int8")
+FP8_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+FP8 = {
+    "channel": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": FP8_WEIGHTS}},
+    },
+    "blocks": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
+
+
+def is_quantised(key):
+    linear = key.endswith(("_proj.weight", "_with_mqa.weight"))
+    return linear and "eh_proj" not in key and ".indexer." not in key
+
+
+def fp8(weight, form):
+    """({what comes behind the key: tensor}, the bf16 weight that they stand for)."""
+    rows, columns = weight.shape
+    high, wide = (1, columns) if form == "channel" else (128, 128)
+    blocks = (
+        F.pad(weight.float(), (0, -columns % wide, 0, -rows % high)).unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+    )
+    scale = blocks.abs().amax((1, 3)) / 448
+    spread = scale.repeat_interleave(high, 0).repeat_interleave(wide, 1)[:rows, :columns]
+    q = (weight / spread).to(torch.float8_e4m3fn)
+    return {"": q, "_scale" if form == "channel" else "_scale_inv": scale}, (q.float() * spread).bfloat16()
 
 
 def odd_model(model_type, dtype=torch.bfloat16, seed=3):
@@ -75,7 +106,7 @@ def test_compressed_tensors_and_our_oracle_agree_on_what_is_written(source, to, 
     quantize(source, tmp_path / "q", to)
     before, after = contents(source), contents(tmp_path / "q")
     form, args = scheme(tmp_path / "q")
-    matrices = [key for key in before if is_quantised(key) and ".indexer." not in key]
+    matrices = [key for key in before if is_quantised(key)]
     assert len(matrices) > 20 and any(before[key].shape[1] % 128 for key in matrices)
     for key in matrices:
         values, scale = after[key + ("_packed" if to == "int4" else "")], after[f"{key}_scale"]
@@ -148,10 +179,12 @@ def test_other_spellings_of_the_source_give_the_same(form, tmp_path, monkeypatch
     tensors = load_file(tmp_path / "plain" / SINGLE)
     other, config = tmp_path / "other", {**model.config.to_dict(), "dtype": "bfloat16"}
     other.mkdir()
-    if form in ("channel", "blocks"):
+    if form in FP8:
         written = dict(tensors)
-        tensors |= quantise(written, form)
-        config["quantization_config"] = CHANNEL if form == "channel" else BLOCKS
+        for key in [key for key in tensors if is_quantised(key) or key.endswith((".wq_b.weight", ".wk.weight"))]:
+            parts, tensors[key] = fp8(written.pop(key), form)
+            written |= {key + behind: tensor for behind, tensor in parts.items()}
+        config["quantization_config"] = FP8[form]
     elif form == "fused":
         written = {key: tensor for key, tensor in tensors.items() if ".mlp.experts." not in key}
         names = [name for name in model.state_dict() if ".mlp.experts." in name]
