@@ -209,6 +209,21 @@ def test_other_spellings_of_the_source_give_the_same(form, tmp_path, monkeypatch
         assert all(index[values] == index[scale] for values, scale in pairs), "a matrix lies in one file"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copy_of_the_head_in_fp8_is_the_head(tied, tmp_path):
+    """As GLM-4.5's FP8 repositories have it; bf16 of the rounded copy would be another matrix than the head."""
+    model = random_model(tiny_config(tie_word_embeddings=tied), 2, torch.bfloat16)
+    checkpoint.save(model, tmp_path / "fp8")
+    key, head = "model.layers.3.shared_head.head.weight", model.lm_head.weight.detach()
+    parts, rounded = fp8(head, "channel")
+    broken(tmp_path / "fp8", lambda t: t.update({key + behind: tensor for behind, tensor in parts.items()}))
+    broken(tmp_path / "fp8", quantization_config=FP8["channel"])
+    quantize(tmp_path / "fp8", tmp_path / "q", "int4")
+    found = contents(tmp_path / "q")
+    assert torch.equal(found[key], head) and not torch.equal(rounded, head)
+    assert f"{key}_scale" not in found and ("lm_head.weight" in found) != tied
+
+
 def test_a_model_in_fp32_becomes_one_in_bf16_but_for_its_routers(tmp_path):
     checkpoint.save(odd_model("glm4_moe", torch.float32), tmp_path / "fp32")
     quantize(tmp_path / "fp32", tmp_path / "q", "int8")

@@ -9,6 +9,7 @@ cuts short ends this one. `StreamedFiles` writes shards of tensors that nobody h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -330,7 +331,8 @@ class StreamedFiles:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for opened in self._open.values():
-            opened.close()
+            with contextlib.suppress(OSError):  # of what a full disk has refused before
+                opened.close()
         if kind is None:
             unwritten = [name for name, left in self._left.items() if left]
             assert not unwritten, f"not every tensor of {', '.join(unwritten)} was written"
