@@ -20,6 +20,8 @@ TEMPLATE = f"{STEP}/chat_template.jinja"
 STATE, MOMENTS = f"{STEP}/trainer/state.json", f"{STEP}/trainer/state.safetensors"
 SHARD, START = "data/train-00000-of-00001.bin", "config/config.json"
 NORM = "model.norm.weight"
+INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 MTP = "model.layers.2."  # the layer behind the two of the decoder
 DRAFTS = ["--num-speculative-tokens"]
 GENERATE = ["generate", "run", "--prompt", "hi"]
@@ -27,6 +29,9 @@ SERVE = ["serve", "run", "--port", "0"]
 FRESH = ["pretrain", "run.toml", "--out", "fresh"]
 AGAIN = ["pretrain", "run.toml"]
 DEMO = ["demo", "--out", "fresh"]
+TO_INT4 = ["--to", "int4", "--out", "fresh"]
+QUANTIZE = ["quantize", "run", *TO_INT4]
+RANDOM = ["make-random", "config", *TO_INT4]
 ON_CORPUS = [*DEMO, "--corpus", "corpus"]
 
 Plant = Callable[[Path], dict[str, Any] | None]
@@ -291,4 +296,24 @@ def faults() -> list[Fault]:
     add("`--out` is a file", ["demo", "--out", "run.toml"], "run.toml")
     add("another demo works there", DEMO, "fresh another process", held="fresh")
     add("a full disk while tokens are written", ON_CORPUS, "fresh/data space", large_corpus, full_disk="fresh")
+
+    add = table("glmx quantize")
+    add("no such directory", ["quantize", "nowhere", *TO_INT4], "nowhere")
+    add("a format that glmx lacks", ["quantize", "run", "--to", "int3", "--out", "fresh"], "--to int3 int8 int4")
+    add("`--out` is there", ["quantize", "run", "--to", "int4", "--out", "data"], "data exists")
+    add("no permission to write there", [*QUANTIZE[:-1], "data/fresh"], "data/fresh Permission", no_permission("data"))
+    add("weights in few bits already", QUANTIZE, "pack-quantized already", values(CONFIG, quantization_config=INT4))
+    add("NaN in the weights", QUANTIZE, Q_PROJ, tensors(nan=Q_PROJ))
+    add("a missing tensor", QUANTIZE, NORM, tensors(remove=NORM))
+    add("no text to calibrate on", [*QUANTIZE, "--calibrate", "text.txt"], "--calibrate text.txt")
+    add("too short a text", [*QUANTIZE, "--calibrate", "text.txt"], "text.txt 512", text("text.txt", "hello"))
+    add("a text that is not UTF-8", [*QUANTIZE, "--calibrate", "text.txt"], "text.txt 1", text("text.txt", b"a\xff"))
+    add("tokens of no text", [*QUANTIZE, "--calibrate-tokens", "4096"], "--calibrate-tokens 4096 --calibrate")
+
+    add = table("glmx make-random")
+    add("no such config", ["make-random", "nowhere", *TO_INT4], "nowhere")
+    add("a word for a number", RANDOM, "hidden_size 'big'", values(START, hidden_size="big"))
+    add("another architecture", RANDOM, "llama", values(START, model_type="llama"))
+    add("a format that glmx lacks", ["make-random", "config", "--to", "q4_0", "--out", "fresh"], "--to q4_0 int4")
+    add("`--out` is there", ["make-random", "config", "--to", "int4", "--out", "data"], "data exists")
     return table.faults

@@ -38,6 +38,8 @@ SECTIONS = {
     "glmx pretrain": "`run.toml` describes a run that was stopped half-way in `run`; `fresh` does not exist yet.",
     "glmx serve": "`run` is the directory of a run.",
     "glmx demo": "",
+    "glmx quantize": "`run` is the directory of a run.",
+    "glmx make-random": "",
 }
 DISK_FULL = 40_000  # bytes that fit: the log and a config do, weights and shards do not
 

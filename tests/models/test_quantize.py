@@ -22,8 +22,6 @@ from glmx.models import calibrate, checkpoint, compressed, layout
 from glmx.models.quantize import REPORT, Calibration, quantize
 from glmx.models.safetensors import INDEX, SINGLE, Planned, StreamedFiles, read_header
 from glmx.reference import stored_weight
-from stored_glm import CONFIGS, is_quantised
-from stored_glm import quantised as in_few_bits
 from tiny_glm import CASES, FAMILIES, hf_twin, random_ids, random_model, tiny_config
 
 # Groups that are whole and partial: of 160 (32 left), 272 (16), 40, 200 (72), 136 (8).
@@ -34,6 +32,38 @@ OF_FAMILY = {
     "glm_moe_dsa": {"q_lora_rank": 136, "kv_lora_rank": 200, "qk_nope_head_dim": 40, "v_head_dim": 48},
 }
 FORMATS = ("int4", "int8")
+FP8_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+FP8 = {
+    "channel": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": FP8_WEIGHTS}},
+    },
+    "blocks": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
+
+
+def is_quantised(key):
+    linear = key.endswith(("_proj.weight", "_with_mqa.weight"))
+    return linear and "eh_proj" not in key and ".indexer." not in key
+
+
+def fp8(weight, form):
+    """({what comes behind the key: tensor}, the bf16 weight that they stand for)."""
+    rows, columns = weight.shape
+    high, wide = (1, columns) if form == "channel" else (128, 128)
+    blocks = (
+        F.pad(weight.float(), (0, -columns % wide, 0, -rows % high)).unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+    )
+    scale = blocks.abs().amax((1, 3)) / 448
+    spread = scale.repeat_interleave(high, 0).repeat_interleave(wide, 1)[:rows, :columns]
+    q = (weight / spread).to(torch.float8_e4m3fn)
+    return {"": q, "_scale" if form == "channel" else "_scale_inv": scale}, (q.float() * spread).bfloat16()
 
 
 def odd_model(model_type, dtype=torch.bfloat16, seed=3):
@@ -76,7 +106,7 @@ def test_compressed_tensors_and_our_oracle_agree_on_what_is_written(source, to, 
     quantize(source, tmp_path / "q", to)
     before, after = contents(source), contents(tmp_path / "q")
     form, args = scheme(tmp_path / "q")
-    matrices = [key for key in before if is_quantised(key, to)]
+    matrices = [key for key in before if is_quantised(key)]
     assert len(matrices) > 20 and any(before[key].shape[1] % 128 for key in matrices)
     for key in matrices:
         values, scale = after[key + ("_packed" if to == "int4" else "")], after[f"{key}_scale"]
@@ -149,13 +179,12 @@ def test_other_spellings_of_the_source_give_the_same(form, tmp_path, monkeypatch
     tensors = load_file(tmp_path / "plain" / SINGLE)
     other, config = tmp_path / "other", {**model.config.to_dict(), "dtype": "bfloat16"}
     other.mkdir()
-    if form in ("channel", "blocks"):
+    if form in FP8:
         written = dict(tensors)
-        format = "fp8" if form == "channel" else "fp8_blocks"
-        for key in [key for key in tensors if is_quantised(key, "fp8_blocks")]:
-            parts, tensors[key] = in_few_bits(written.pop(key).float(), format)
+        for key in [key for key in tensors if is_quantised(key) or key.endswith((".wq_b.weight", ".wk.weight"))]:
+            parts, tensors[key] = fp8(written.pop(key), form)
             written |= {key + behind: tensor for behind, tensor in parts.items()}
-        config["quantization_config"] = CONFIGS[format]
+        config["quantization_config"] = FP8[form]
     elif form == "fused":
         written = {key: tensor for key, tensor in tensors.items() if ".mlp.experts." not in key}
         names = [name for name in model.state_dict() if ".mlp.experts." in name]
@@ -178,6 +207,21 @@ def test_other_spellings_of_the_source_give_the_same(form, tmp_path, monkeypatch
         assert len(set(index.values())) > 3
         pairs = [(key, key.replace("_packed", "_scale")) for key in index if key.endswith("_packed")]
         assert all(index[values] == index[scale] for values, scale in pairs), "a matrix lies in one file"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copy_of_the_head_in_fp8_is_the_head(tied, tmp_path):
+    """As GLM-4.5's FP8 repositories have it; bf16 of the rounded copy would be another matrix than the head."""
+    model = random_model(tiny_config(tie_word_embeddings=tied), 2, torch.bfloat16)
+    checkpoint.save(model, tmp_path / "fp8")
+    key, head = "model.layers.3.shared_head.head.weight", model.lm_head.weight.detach()
+    parts, rounded = fp8(head, "channel")
+    broken(tmp_path / "fp8", lambda t: t.update({key + behind: tensor for behind, tensor in parts.items()}))
+    broken(tmp_path / "fp8", quantization_config=FP8["channel"])
+    quantize(tmp_path / "fp8", tmp_path / "q", "int4")
+    found = contents(tmp_path / "q")
+    assert torch.equal(found[key], head) and not torch.equal(rounded, head)
+    assert f"{key}_scale" not in found and ("lm_head.weight" in found) != tied
 
 
 def test_a_model_in_fp32_becomes_one_in_bf16_but_for_its_routers(tmp_path):

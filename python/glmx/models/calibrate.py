@@ -2,8 +2,8 @@
 
 A row w of a matrix gives x . w, so the mean square error of a rounded row q is (q - w) M (q - w)^T with M = E[x x^T],
 the second moments of the input. Columns are rounded in order; the error of each is taken over by the columns behind
-it, by which the output changes least (OPTQ: Frantar et al. 2023, algorithm 1). On the demo's model a search for better
-scales, weighted by E[x^2], gains nothing over rounding to nearest; this takes a third of its divergence (docs/log.md).
+it, by which the output changes least (OPTQ: Frantar et al. 2023, algorithm 1). On the demo's model this leaves two
+fifths of the divergence that rounding to nearest has; scales searched for by E[x^2] leave all of it (docs/log.md).
 
 Legend: T tokens, R rows, K columns, E experts.
 """

@@ -238,12 +238,16 @@ def writing(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises CheckpointError when `path` exists and is not empty, unless `overwrite`.
     """
     target = Path(path)
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"'{target}' exists; choose another name or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    try:
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        if taken and not overwrite:
+            raise CheckpointError(f"'{target}' exists; choose another name or remove it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{target}': {error.strerror or error}") from None
     try:
         yield temporary
         for file in temporary.iterdir():

@@ -39,6 +39,7 @@ from glmx.models.safetensors import Planned, StreamedFiles
 
 REPORT = "quantization.json"
 _PIECE = 2**20  # values of a copied tensor that are held at a time
+_COPIES = {".shared_head.head.weight": "lm_head.weight", ".embed_tokens.weight": "model.embed_tokens.weight"}
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F8_E4M3": torch.bfloat16}
 
 
@@ -148,7 +149,7 @@ class Source:
         """A tensor as it is; fused experts taken apart."""
         shape = self.files.headers[key].shape
         if len(shape) != 3:
-            yield Part(key, key, 0, shape)
+            yield Part(key, self._original(key), 0, shape)
             return
         prefix, _, name = key.rpartition(".")
         E, rows, K = shape
@@ -157,6 +158,13 @@ class Source:
         for e in range(E):
             for i, one in enumerate(names):
                 yield Part(f"{prefix}.{e}.{one}.weight", key, (e * len(names) + i) * rows, (rows, K))
+
+    def _original(self, key: str) -> str:
+        """Where the MTP layer's copy of the head or embedding is FP8, its rounding: what it copies. Else the key."""
+        for end, original in _COPIES.items():
+            if key in self.found and key.endswith(end) and key != original:
+                return original if original in self.files.keys else "model.embed_tokens.weight"
+        return key
 
     def dtype(self, part: Part) -> torch.dtype:
         """Of a part that is copied."""

@@ -9,6 +9,7 @@ any tensor is read; then rows are read as they are asked for; models/mapped.py u
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -334,7 +335,8 @@ class StreamedFiles:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for opened in self._open.values():
-            opened.close()
+            with contextlib.suppress(OSError):  # of what a full disk has refused before
+                opened.close()
         if kind is None:
             unwritten = [name for name, left in self._left.items() if left]
             assert not unwritten, f"not every tensor of {', '.join(unwritten)} was written"
