@@ -42,6 +42,7 @@ def thread_counts(text: str) -> list[int]:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--decode-model", metavar="RUN", help="what bench_decode.py decodes with: a run of glmx demo")
+    parser.addoption("--capacity-model", metavar="DIR", type=pathlib.Path, help="the checkpoint of bench_capacity.py")
     parser.addoption("--quick", action="store_true", help="a selection of five minutes")
     parser.addoption("--threads", type=thread_counts, default=None, metavar="N,N", help="numbers of threads, in turns")
     parser.addoption("--write", type=pathlib.Path, metavar="FILE", help="also write the table there, as Markdown")
