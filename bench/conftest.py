@@ -20,6 +20,7 @@ ROWS: list[harness.Row] = []
 QUICK = (
     "bench_moe.py::test_forward[small-",
     "bench_moe.py::test_backward[256-",
+    "bench_moe_stored.py::test_forward[small-int",
     "bench_moe_routing.py::test_share[",
     "bench_attention.py::test_decode[4096-",
     "bench_indexer_topk.py::test_prefill[512-4096-",
@@ -30,6 +31,7 @@ QUICK = (
     "bench_model.py::test_decode[glm4_moe-96-",
     "bench_model.py::test_prefill[glm4_moe-2048-",
     "bench_model.py::test_train_step",
+    "bench_model_stored.py::test_decode[",
 )
 
 

@@ -17,7 +17,7 @@ from e2e.bench_decode import PROMPT, Variant, count
 from e2e.random_models import Bytes
 from harness import timed
 
-import glmx
+from glmx.models.checkpoint import load
 
 Kind = tuple[int, float | None]  # drafts, and their chance to be right by a coin; None: as they come
 
@@ -104,7 +104,7 @@ def _begun(directory: Path, threads: int, in_cache: bool) -> tuple[dict[str, Any
     (fetch if in_cache else evict)(directory)
     out: dict[str, Any] = {"cached": cached(directory)}
     begun = time.perf_counter()
-    model = glmx.load(directory, mapped=True)
+    model = load(directory, mapped=True)
     out["load"] = time.perf_counter() - begun
     variant = Variant(model, 1, 0, 1, None)
     draw = torch.Generator().manual_seed(0)
