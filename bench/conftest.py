@@ -20,6 +20,7 @@ ROWS: list[harness.Row] = []
 QUICK = (
     "bench_moe.py::test_forward[small-",
     "bench_moe.py::test_backward[256-",
+    "bench_moe_stored.py::test_forward[small-int",
     "bench_moe_routing.py::test_share[",
     "bench_attention.py::test_decode[4096-",
     "bench_indexer_topk.py::test_prefill[512-4096-",
@@ -30,6 +31,7 @@ QUICK = (
     "bench_model.py::test_decode[glm4_moe-96-",
     "bench_model.py::test_prefill[glm4_moe-2048-",
     "bench_model.py::test_train_step",
+    "bench_model_stored.py::test_decode[",
 )
 
 
@@ -42,6 +44,7 @@ def thread_counts(text: str) -> list[int]:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--decode-model", metavar="RUN", help="what bench_decode.py decodes with: a run of glmx demo")
+    parser.addoption("--capacity-model", metavar="DIR", type=pathlib.Path, help="the checkpoint of bench_capacity.py")
     parser.addoption("--quick", action="store_true", help="a selection of five minutes")
     parser.addoption("--threads", type=thread_counts, default=None, metavar="N,N", help="numbers of threads, in turns")
     parser.addoption("--write", type=pathlib.Path, metavar="FILE", help="also write the table there, as Markdown")

@@ -36,6 +36,7 @@ SHAPES = {
     "GLM-5": Shape(6144, 2048, 32, 8, 256),
     "GLM-4.7-Flash": Shape(2048, 1536, 64, 4, 64),
     "tiny": Shape(64, 96, 8, 2, 8),
+    "tiny, whole groups": Shape(256, 128, 8, 2, 8),  # of 128 columns, which kt-kernel's formats ask for
 }
 
 
@@ -142,6 +143,7 @@ def transformers_experts(layer: SimpleNamespace) -> Layer:
     return lambda x, weights, ids: theirs(x, ids.long(), weights)
 
 
-def check(name: str, expected: torch.Tensor, found: torch.Tensor) -> None:
+def check(name: str, expected: torch.Tensor, found: torch.Tensor, bound: float = 2**-6) -> None:
+    """By norms; the default bound is for bf16, rounded at other places."""
     error = (expected.float() - found.float()).norm() / expected.float().norm()
-    assert error <= 2**-6, f"{name}: {error:.2e} away from glmx"  # bf16, rounded at other places
+    assert error <= bound, f"{name}: {error:.2e} away from glmx"

@@ -1,12 +1,14 @@
 """llama.cpp as a peer of whole models, through llama-cpp-python and gguf where both are installed.
 
-A glm4_moe's weights are written as GGUF, in bf16 but for the norms and routers, which llama.cpp has in fp32.
+A glm4_moe's weights are written as GGUF, in bf16 but for the norms and routers, which llama.cpp has in fp32. Of such a
+file llama.cpp itself makes q8_0 and q4_0, of the tensors and in the types that it chooses by default.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,10 +72,41 @@ def write(model: Decoder, file: Path) -> None:
     writer.close()
 
 
-class Weights:
-    """A model loaded by llama.cpp from a file that is gone afterwards: it stays mapped."""
+def quantised(file: Path, kind: str, head: str) -> Path:
+    """The file in another type; `head` "bf16" keeps head and embeddings as they are."""
+    import gguf
+    import llama_cpp
 
-    def __init__(self, model: Decoder) -> None:
+    out = file.with_name(f"{kind}.gguf")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    if head == "bf16":
+        params.output_tensor_type = params.token_embedding_type = int(gguf.GGMLQuantizationType.BF16)
+    params.nthread = torch.get_num_threads()
+    status = llama_cpp.llama_model_quantize(bytes(file), bytes(out), ctypes.byref(params))
+    assert status == 0, f"llama_model_quantize returns {status}"
+    return out
+
+
+def exceptions(file: Path) -> str:
+    """The matrices that are of another type than most: "output q6_k, ffn_gate_inp f32"."""
+    import gguf
+
+    types: dict[str, str] = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        if sum(size > 1 for size in tensor.shape) > 1:
+            name = ".".join(
+                part for part in tensor.name.split(".") if not part.isdigit() and part not in ("blk", "weight")
+            )
+            types[name] = tensor.tensor_type.name.lower()
+    most = statistics.mode(types.values())
+    return ", ".join(f"{name} {kind}" for name, kind in types.items() if kind != most)
+
+
+class Weights:
+    """A model loaded by llama.cpp, as bf16, q8_0 or q4_0, from a file that is gone afterwards: it stays mapped."""
+
+    def __init__(self, model: Decoder, kind: str = "bf16", head: str | None = None) -> None:
         import llama_cpp
         from llama_cpp import _logger
 
@@ -82,6 +115,9 @@ class Weights:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "model.gguf")
             write(model, file)
+            if kind != "bf16":
+                file = quantised(file, kind, head or kind)
+            self.exceptions = exceptions(file)
             params = llama_cpp.llama_model_default_params()
             self.handle = llama_cpp.llama_model_load_from_file(bytes(file), params)
         assert self.handle, "llama.cpp does not load the model"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from glmx.layers.block import DecoderLayer
 from glmx.layers.moe import MoE
 from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
 from glmx.models.plan import cache_row
+from glmx.ops import StoredWeight
 
 GLM4 = {  # 240 M without the MTP layer
     "model_type": "glm4_moe", "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 4,
@@ -34,11 +36,20 @@ def random_model(shape: dict[str, Any], **changes: Any) -> Decoder:
     return model
 
 
+def held(module: nn.Module) -> Iterator[tuple[str, nn.Parameter | StoredWeight]]:
+    """Its weights by name: parameters, and those that are held as a checkpoint stores them."""
+    yield from module.named_parameters()
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, StoredWeight):
+                yield f"{prefix}.{name}", value
+
+
 class Bytes:
     """What forwards of a model must read, added up while it is entered.
 
-    Every weight of the layers that ran, of the experts those to which rows were routed, embeddings and lm_head, the
-    keys and values attended to.
+    Every weight as it is held, its scales too: of the layers that ran, of the experts those to which rows were routed,
+    embeddings and lm_head; and the keys and values attended to.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -50,7 +61,7 @@ class Bytes:
             self._hooks.append(layer.register_forward_hook(self._of_layer(index, layer)))
             if isinstance(layer.mlp, MoE):
                 experts = layer.mlp.experts
-                one = sum(p.nbytes for p in experts.parameters()) / experts.gate_up_proj.shape[0]
+                one = sum(weight.nbytes for _, weight in held(experts)) / experts.gate_up_proj.shape[0]
                 self._hooks.append(layer.mlp.gate.register_forward_hook(self._of_experts(one)))
         self._hooks.append(self.model.lm_head.register_forward_hook(self._of_head))
         return self
@@ -61,7 +72,7 @@ class Bytes:
 
     def _of_layer(self, index: int, layer: DecoderLayer) -> Callable:
         config, size = self.model.config, self.model.dtype.itemsize
-        weights = sum(p.nbytes for name, p in layer.named_parameters() if ".experts." not in name)
+        weights = sum(weight.nbytes for name, weight in held(layer) if ".experts." not in f".{name}.")
         row = cache_row(config, index) * size
         top_k = config.index_topk if config.model_type == "glm_moe_dsa" else None
         keys = config.index_head_dim * size if top_k and config.has_indexer(index) else 0

@@ -1,4 +1,4 @@
-"""grouped_gemm, its gradients and linear against torch: real GLM layer shapes.
+"""grouped_gemm, its gradients and linear against torch, and their weights in few bits: real GLM layer shapes.
 
     pytest bench/ops/bench_grouped_gemm.py            (OMP_NUM_THREADS sets the threads)
 
@@ -8,6 +8,8 @@ share. The ceiling is measured in the same test (bench/roofline.py).
 
 torch's bf16 products use vdpbf16ps where the CPU has it, and so does ours, in the order of the GEMM tree (level
 `avx512_bf16`); pinned to `avx512` ours runs on fp32 FMA, at half the rate.
+
+int8, int4 and FP8 are the same weights, rounded to nearest (bench/stored.py), and their peer is glmx's bf16.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable
 
 import harness
 import pytest
+import stored
 import torch
 from harness import values
 
@@ -36,10 +39,19 @@ def case(hidden: int, width: int, rows: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def measure(
-    benchmark, record_row, name: str, variant: str, ours: Call, peer: Call, peer_name: str, flop: int, touched: int
+    benchmark,
+    record_row,
+    name: str,
+    variant: str,
+    ours: Call,
+    peer: Call,
+    peer_name: str,
+    flop: int,
+    touched: float,
+    bound: float | None = None,
 ) -> None:
-    """Checks ours against the peer, times them in alternating rounds, records the row."""
-    harness.agree(peer_name, ours(), peer())
+    """Checks ours against the peer (harness.agree), times them in alternating rounds, records the row."""
+    harness.agree(peer_name, ours(), peer(), bound)
     if benchmark.disabled:
         return
     harness.compare(
@@ -124,4 +136,47 @@ def test_linear(benchmark, record_row, rows: int, dtype: torch.dtype) -> None:
         "torch F.linear",
         2 * rows * N * K,
         (N * K + rows * (N + K)) * x.element_size(),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 128])
+@pytest.mark.parametrize("format", stored.FORMATS)
+def test_stored_forward(benchmark, record_row, format: stored.StoredFormat, tokens: int) -> None:
+    """GLM-4.7-Flash's gate-up product."""
+    hidden, width, top_k = LAYERS["flash"]
+    rows = tokens * top_k
+    x, w, offsets = case(hidden, width, rows)
+    small = stored.stored(format, w)
+    measure(
+        benchmark,
+        record_row,
+        f"grouped_gemm flash T={tokens} ({rows} rows, {EXPERTS} experts) {format}",
+        "bf16",
+        lambda: glmx.ops.grouped_gemm(x, small, offsets),
+        lambda: glmx.ops.grouped_gemm(x, w, offsets),
+        "glmx bf16",
+        2 * rows * 2 * width * hidden,
+        stored.moved(small, min(rows, EXPERTS)) + rows * (hidden + 2 * width) * 2,
+        stored.LOST[format],
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 128])
+@pytest.mark.parametrize("format", stored.FORMATS)
+def test_stored_linear(benchmark, record_row, format: stored.StoredFormat, rows: int) -> None:
+    """The bf16 case of test_linear."""
+    N, K = 4096, 4096
+    x, w = values(rows, K), values(N, K, scale=K**-0.5)
+    small = stored.stored(format, w[None])
+    measure(
+        benchmark,
+        record_row,
+        f"linear {rows} x {K} -> {N} {format}",
+        "bf16",
+        lambda: glmx.ops.linear(x, small),
+        lambda: glmx.ops.linear(x, w),
+        "glmx bf16",
+        2 * rows * N * K,
+        small.nbytes + rows * (N + K) * 2,
+        stored.LOST[format],
     )
