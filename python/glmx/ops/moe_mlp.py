@@ -85,6 +85,6 @@ def moe_mlp(
     outputs = out_TH, plan_ints, h_RI, rows_RH
     if isinstance(gate_up_proj, StoredWeight) and isinstance(down_proj, StoredWeight):
         _stored(*outputs, x, topk_weights, topk_ids, gate_up_proj.table, down_proj.table, *down_proj.codes)
-    else:
+    elif isinstance(gate_up_proj, Tensor) and isinstance(down_proj, Tensor):
         _forward(*outputs, x, topk_weights, topk_ids, gate_up_proj.contiguous(), down_proj.contiguous())
     return out_TH

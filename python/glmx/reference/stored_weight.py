@@ -18,14 +18,10 @@ def int4_values(packed: torch.Tensor, columns: int) -> torch.Tensor:
 
 def dense(stored: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A StoredWeight -> weights bf16 [E, N, K], and the factors fp32 [E, N] of their rows' sums or None."""
-    weights, factors = [], []
-    for values, scale in stored.matrices:
-        w, factor = matrix(stored.format, values, scale, stored.shape[2])
-        weights.append(w)
-        factors.append(factor)
     E, N, K = stored.shape
-    w_ENK = torch.stack(weights).view(E, N, K)
-    return w_ENK, torch.stack(factors).view(E, N) if stored.format in ("int8", "fp8") else None
+    found = [matrix(stored.format, values, scale, K) for values, scale in stored.matrices]
+    factors = [factor for _, factor in found if factor is not None]
+    return torch.stack([w for w, _ in found]).view(E, N, K), torch.stack(factors).view(E, N) if factors else None
 
 
 def matrix(
