@@ -221,8 +221,11 @@ def numbers(how: Stored, values: torch.Tensor) -> torch.Tensor:
     """Rows of stored values -> fp32 [rows, columns]."""
     if how.format != "int4":
         return values.float()
-    nibbles = torch.stack([values >> shift & 15 for shift in range(0, 32, 4)], dim=-1)
-    return nibbles.flatten(1)[:, : how.shape[1]].float().sub_(8)
+    bytes_ = values.view(torch.uint8)  # two values each, the first in its lower half
+    out = torch.empty(*bytes_.shape, 2, dtype=torch.float32)
+    torch.sub(bytes_ & 15, 8.0, out=out[..., 0])
+    torch.sub(bytes_ >> 4, 8.0, out=out[..., 1])
+    return out.flatten(1)[:, : how.shape[1]]
 
 
 def dequantised(how: Stored, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
