@@ -126,6 +126,22 @@ def test_compressed_tensors_and_our_oracle_agree_on_what_is_written(source, to, 
     assert all(torch.equal(tensor, after[key]) and tensor.dtype == after[key].dtype for key, tensor in rest.items())
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_is_written_loads(source, to, tmp_path):
+    """As parameters with the weights that compressed-tensors finds, and as it is stored; but it is quantised once."""
+    quantize(source, tmp_path / "q", to)
+    after, (form, args) = contents(tmp_path / "q"), scheme(tmp_path / "q")
+    held = checkpoint.views(checkpoint.load(tmp_path / "q", dequantize=True))
+    for key in filter(compressed.is_quantised, held):
+        assert torch.equal(held[key], decompressed(after, key, form, args).bfloat16()), key
+    loaded = checkpoint.load(tmp_path / "q", mapped=True)
+    with torch.no_grad():
+        assert loaded(random_ids(loaded.config, 1, 5)).logits.isfinite().all()
+    broken(tmp_path / "q", quantization_config=None)
+    with pytest.raises(UnsupportedError, match="is quantised already, expected bf16"):
+        quantize(tmp_path / "q", tmp_path / "again", "int4")
+
+
 def test_what_is_not_quantised():
     keys = [key for key, _ in layout.tensors(odd_model("glm_moe_dsa").config) if not compressed.is_quantised(key)]
     names = {re.sub(r"model\.layers\.\d\.", "", key) for key in keys}

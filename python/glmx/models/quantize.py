@@ -141,6 +141,8 @@ class Source:
         self.raw = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
         _refuse_quantised(self.raw, directory)
         self.config, self.files, self.found = opened(directory, ModelConfig.from_dir(directory))
+        if any(how.format in compressed.FORMATS for how in self.found.values()):  # whatever config.json says
+            raise UnsupportedError(f"'{directory}' is quantised already, expected bf16, fp32, fp16 or FP8 weights")
         used_up = {how.scale for how in self.found.values()}
         self.parts = [part for key in self.files.in_order() if key not in used_up for part in self._parts(key)]
         self.size = sum(entry.end - entry.start for entry in self.files.headers.values())
