@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from glmx.ops import Matrix, StoredFormat, StoredWeight
+from glmx.ops import Matrix, StoredWeight
+from glmx.ops.stored_weight import StoredFormat
 
 FORMATS: tuple[StoredFormat, ...] = ("int8", "int4", "fp8", "fp8_blocks")
 GROUP = 128
