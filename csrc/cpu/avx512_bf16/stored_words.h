@@ -298,7 +298,7 @@ void rows_times_stored(const StoredMatrix& m, const Pair* spread, int64_t x_stri
   StoredRows<format> of(m);
   alignas(64) __m512i packed[kFours][D::kPacked];
   for (int64_t j = 0; j < cols; j += 16) {
-    FetchLines<4, 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? m.values + (row + j + 16) * row_bytes : next)};
+    FetchLines<4, 1> fetch{reinterpret_cast<const char*>(j + 16 < cols ? m.values + (row + j + 16) * row_bytes : next)};
     of.begin(row + j, least(16, cols - j));
     V16 sum[rows];
     for (int i = 0; i < rows; ++i) sum[i] = zero();
@@ -372,7 +372,7 @@ void tiles_times_stored(const StoredMatrix& m, int64_t rows, Pair* tiles, int64_
   StoredRows<format> of(m);
   for (int64_t j = 0; j < cols; j += 16) {
     std::memset(sums, 0, static_cast<size_t>(rows) * 64);
-    FetchLines<4, 2> fetch{reinterpret_cast<const char*>(j + 16 < cols ? m.values + (row + j + 16) * row_bytes : next)};
+    FetchLines<4, 1> fetch{reinterpret_cast<const char*>(j + 16 < cols ? m.values + (row + j + 16) * row_bytes : next)};
     of.begin(row + j, least(16, cols - j));
     for (int64_t k = 0; k < m.depth; k += kScaleGroup) {
       if (fetch.at != nullptr) fetch(static_cast<int>(stored_bytes<format>(kScaleGroup) * 16 / 64));
