@@ -106,9 +106,12 @@ struct Decoder {
 
   Table table(const float*) const { return {}; }
 
-  // Of each dword: values k + 2 and k of the four rows, then k + 3 and k + 1.
+  // Of the dwords of four rows, in each quarter: values k + 2 and k of every row, then k + 3 and k + 1.
+  [[gnu::always_inline]] static __m512i ordered(__m512i dwords) {
+    return _mm512_shuffle_epi8(dwords, _mm512_broadcast_i32x4(_mm_setr_epi8(2, 0, 6, 4, 10, 8, 14, 12, 3, 1, 7, 5, 11, 9, 15, 13)));
+  }
+
   [[gnu::always_inline]] static void pack(const uint8_t* p, int64_t stride, __m512i* out) {
-    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 0, 6, 4, 10, 8, 14, 12, 3, 1, 7, 5, 11, 9, 15, 13));
     __m512i row[4], first[4], second[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) row[i] = _mm512_loadu_si512(p + i * stride);
@@ -118,8 +121,8 @@ struct Decoder {
     transpose_quarters(row, second);
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-      out[c] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(first[c], second[c], 0x88), order);
-      out[4 + c] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(first[c], second[c], 0xdd), order);
+      out[c] = ordered(_mm512_shuffle_i32x4(first[c], second[c], 0x88));
+      out[4 + c] = ordered(_mm512_shuffle_i32x4(first[c], second[c], 0xdd));
     }
   }
 
@@ -234,17 +237,37 @@ struct StoredRows {
   }
 };
 
-// One group of sixteen rows as words: word w of block b at out + (b * 16 + w) * ld, `blocks` of them.
+// One group of sixteen rows as words: word w of block b at out + (b * 16 + w) * ld, `blocks` of them. Rows of bytes share a table, so their
+// dwords are transposed before they become words; rows of int4 meet their tables four at a time, and their words are brought together.
 template <StoredFormat format>
 inline void words_of_group(const StoredRows<format>& rows, int64_t blocks, Pair* out, int64_t ld) {
-  using D = Decoder<format>;
+  for (int64_t first = 0; first < blocks; first += 2) {
+    __m512i dword[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) dword[i] = _mm512_loadu_si512(rows.at + i * rows.stride + first * 32);
+    transpose_16x16(dword);
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; ++b) {
+      Pair* to = out + (first + b) * 16 * ld;
+      if (first + b == blocks) break;
+#pragma GCC unroll 8
+      for (int d = 0; d < 8; ++d) {
+        rows.decoder.expand({}, rows.decoder.ordered(dword[8 * b + d]),
+                            [&](int i, P16 word) { _mm512_storeu_si512(to + (2 * d + i) * ld, word.v); });
+      }
+    }
+  }
+}
+
+inline void words_of_group(const StoredRows<StoredFormat::int4>& rows, int64_t blocks, Pair* out, int64_t ld) {
+  using D = Decoder<StoredFormat::int4>;
   alignas(64) __m512i lanes[16][4];
 #pragma GCC unroll 4
   for (int four = 0; four < 4; ++four) {
     const auto table = rows.table(four);
     __m512i packed[D::kPacked];
     rows.pack(four, packed);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int d = 0; d < D::kPacked; ++d) {
       rows.decoder.expand(table, packed[d], [&](int i, P16 word) { lanes[d * D::kWords + i][four] = word.v; });
     }
