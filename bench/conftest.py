@@ -7,6 +7,7 @@ pytest bench --quick --threads 1,2 --write docs/performance.md
 from __future__ import annotations
 
 import pathlib
+import shlex
 import sys
 
 import pytest
@@ -104,5 +105,8 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         out = config.getoption("--write")
         if out:
             words = [word for word in config.invocation_params.args if word not in ("--write", str(out), "-q")]
+            # Where a model lies is this machine's own.
+            models = {str(config.getoption(name)) for name in ("--decode-model", "--capacity-model")}
+            words = ["DIR" if word in models else word for word in words]
             before = out.read_text() if out.exists() else ""
-            out.write_text(harness.document(ROWS, " ".join(["pytest", *words]), before))
+            out.write_text(harness.document(ROWS, shlex.join(["pytest", *words]), before))
