@@ -76,10 +76,12 @@ def test_every_value_of_a_byte_is_what_torch_says() -> None:
         matrix = Matrix(bytes_.view(view), ones)
         got = ops.linear(x, StoredWeight(format, [matrix]), out_dtype=F32)
         assert same_bits(got[0] + 0.0, matrix.values.float()[:, 0] + 0.0), format
-    blocks = Matrix(bytes_.view(torch.float8_e4m3fn), torch.tensor([[0.3], [-7.0]]))
-    got = ops.linear(x, StoredWeight("fp8_blocks", [blocks]), out_dtype=F32)
-    want = (blocks.values.float() * blocks.scale.repeat_interleave(128, 0)).bfloat16().float()
-    assert same_bits(got[0] + 0.0, want[:, 0] + 0.0)
+    # The last two: products beyond the largest and below the smallest normal number.
+    for scale in ([0.3, -7.0], [1.3 * 2.0**120, -1.3 * 2.0**-122]):
+        blocks = Matrix(bytes_.view(torch.float8_e4m3fn), torch.tensor(scale)[:, None])
+        got = ops.linear(x, StoredWeight("fp8_blocks", [blocks]), out_dtype=F32)
+        product = flush32((blocks.values.float() * blocks.scale.repeat_interleave(128, 0)).to(F64)).bfloat16()
+        assert same_bits(got[0] + 0.0, product.float()[:, 0] + 0.0), scale
     nibbles = torch.arange(16, dtype=torch.int32).view(16, 1)
     scale = torch.linspace(0.1, 3.0, 16).view(16, 1)
     got = ops.linear(x, StoredWeight("int4", [Matrix(nibbles, scale)], columns=1), out_dtype=F32)
