@@ -44,6 +44,24 @@ class Row:
     note: str = ""
 
 
+class OneAtATime:
+    """make(*key), kept until another key is asked for: what was made before is ended, and gone, first."""
+
+    def __init__(self, make: Callable[..., Any], end: Callable[[Any], object] = lambda made: None) -> None:
+        self._make, self._end = make, end
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *key: Any) -> Any:
+        if key not in self._made:
+            self.close()
+            self._made[key] = self._make(*key)
+        return self._made[key]
+
+    def close(self) -> None:
+        while self._made:
+            self._end(self._made.popitem()[1])
+
+
 def values(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     """Bell-shaped values: a million of them repeated, since drawing them all takes longer than the benchmark."""
     n = torch.Size(shape).numel()

@@ -110,7 +110,7 @@ def transformers_twin(model: Decoder, weights: dict[str, torch.Tensor]) -> Any:
 
 @pytest.fixture(scope="session")  # one for all numbers of threads
 def world() -> Callable[[str, bool], SimpleNamespace]:
-    """world(family, small): a model and `peers`, each a function of LlamaCpp's arguments; compared once."""
+    """world(family, small): a model, `peers`, each a function of LlamaCpp's arguments, and `note`; compared once."""
     made: dict[tuple[str, bool], SimpleNamespace] = {}
 
     def make(family: str, small: bool) -> SimpleNamespace:
@@ -150,7 +150,7 @@ def compared(family: str, small: bool) -> SimpleNamespace:
         error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).sort().values
         # A few experts and keys are chosen by the last bit: most rows must agree, none be far away.
         assert error[len(error) // 2] < 2**-4 and error[-1] < 0.5, f"{peer}: {error} away from glmx"
-    return SimpleNamespace(model=model, peers=peers)
+    return SimpleNamespace(model=model, peers=peers, note="")
 
 
 def prompt(model: Decoder, tokens: int) -> list[int]:
@@ -175,37 +175,37 @@ def peers_of(runners: dict[str, Any], call: Callable[[Any], object]) -> dict[str
     return {name: lambda runner=runner: call(runner) for name, runner in runners.items() if name != "glmx"}
 
 
-def with_rate(record_row: Callable, tokens: int, per_token: bool = False) -> Callable[[harness.Row], None]:
-    """record_row for rounds of `tokens` tokens; `per_token`: the row's time is one token's."""
+def with_rate(
+    record_row: Callable, tokens: int, words: str = "", per_token: bool = False
+) -> Callable[[harness.Row], None]:
+    """record_row for rounds of `tokens` tokens, with a note; `per_token`: the row's time is one token's."""
 
     def record(row: harness.Row) -> None:
         seconds = row.seconds / tokens if per_token else row.seconds
-        record_row(dataclasses.replace(row, seconds=seconds, note=f"{tokens / row.seconds:.0f} tok/s"))
+        note = "; ".join(filter(None, [f"{tokens / row.seconds:.0f} tok/s", words]))
+        record_row(dataclasses.replace(row, seconds=seconds, note=note))
 
     return record
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("family", "keys", "tokens", "rounds"),
-    [("glm4_moe", SHORT, 16, 7), ("glm4_moe", 4096, 16, 7), ("glm_moe_dsa", 4096, 4, 5)],
-)
-def test_decode(benchmark, record_row, world, family: str, keys: int, tokens: int, rounds: int) -> None:
-    small = benchmark.disabled
-    keys, tokens = (min(keys, 128), 2) if small else (keys, tokens)
-    w = world(family, small)
+def decode(
+    benchmark, record_row, w: SimpleNamespace, name: str, keys: int, tokens: int, rounds: int, **begin: Any
+) -> None:
+    """A row of `tokens` more tokens a round, behind a prompt of `keys`; `begin` is for `begun`."""
+    keys, tokens = (min(keys, 128), 2) if benchmark.disabled else (keys, tokens)
     # Of ours also the round that is counted: the context of the others is a little longer.
-    runners = begun(w, prompt(w.model, keys), keys + 1 + tokens * (rounds + 2), flash=keys < 4096)
+    runners = begun(w, prompt(w.model, keys), keys + 1 + tokens * (rounds + 2), **begin)
     with Bytes(w.model) as counted:
         runners["glmx"].advance(tokens)
-    if small:
+    if benchmark.disabled:
         for runner in runners.values():
             runner.advance(tokens)
         return
+    words = "; ".join(filter(None, [f"{counted.total / tokens / 1e6:.0f} MB a token", w.note]))
     harness.compare(
         benchmark,
-        with_rate(record_row, tokens, per_token=True),
-        f"{name_of(w.model)}, decode at {keys} tokens",
+        with_rate(record_row, tokens, words, per_token=True),
+        f"{name}, decode at {keys} tokens",
         "grouped_gemm",
         lambda: runners["glmx"].advance(tokens),
         peers_of(runners, lambda runner: runner.advance(tokens)),
@@ -215,31 +215,45 @@ def test_decode(benchmark, record_row, world, family: str, keys: int, tokens: in
     )
 
 
+def prefill(benchmark, record_row, w: SimpleNamespace, name: str, tokens: int, rounds: int, **begin: Any) -> None:
+    """A row of a prompt of `tokens`."""
+    tokens = min(tokens, 128) if benchmark.disabled else tokens
+    ids = prompt(w.model, tokens)
+    runners = begun(w, ids, tokens + 1, **begin)
+    if benchmark.disabled:
+        return
+    harness.compare(
+        benchmark,
+        with_rate(record_row, tokens, w.note),
+        f"{name}, prefill of {tokens}",
+        "grouped_gemm",
+        lambda: runners["glmx"].begin(ids),
+        peers_of(runners, lambda runner: runner.begin(ids)),
+        flop=forward_flop(w.model.config, tokens, 1),
+        touched=float(sum(tensor.nbytes for tensor in w.model.tensors())),
+        rounds=rounds,
+        warmup_rounds=0,
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "keys", "tokens", "rounds"),
+    [("glm4_moe", SHORT, 16, 7), ("glm4_moe", 4096, 16, 7), ("glm_moe_dsa", 4096, 4, 5)],
+)
+def test_decode(benchmark, record_row, world, family: str, keys: int, tokens: int, rounds: int) -> None:
+    w = world(family, benchmark.disabled)
+    decode(benchmark, record_row, w, name_of(w.model), keys, tokens, rounds, flash=keys < 4096 or benchmark.disabled)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "tokens", "rounds"),
     [("glm4_moe", 256, 5), ("glm4_moe", 2048, 3), ("glm_moe_dsa", 2048, 3)],
 )
 def test_prefill(benchmark, record_row, world, family: str, tokens: int, rounds: int) -> None:
-    small = benchmark.disabled
-    tokens = min(tokens, 128) if small else tokens
-    w = world(family, small)
-    ids = prompt(w.model, tokens)
-    runners = begun(w, ids, tokens + 1)
-    if small:
-        return
-    harness.compare(
-        benchmark,
-        with_rate(record_row, tokens),
-        f"{name_of(w.model)}, prefill of {tokens}",
-        "grouped_gemm",
-        lambda: runners["glmx"].begin(ids),
-        peers_of(runners, lambda runner: runner.begin(ids)),
-        flop=forward_flop(w.model.config, tokens, 1),
-        touched=2.0 * w.model.config.num_parameters(),
-        rounds=rounds,
-        warmup_rounds=0,
-    )
+    w = world(family, benchmark.disabled)
+    prefill(benchmark, record_row, w, name_of(w.model), tokens, rounds)
 
 
 ROWS, SEQ_LEN = 2, 256

@@ -14,17 +14,14 @@ Before anything is timed the logits of each are as near to bf16's as its format 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import harness
 import pytest
 import torch
 from e2e import llama_cpp
-from e2e.bench_model import CHECKED, KEPT, SHORT, Ours, begun, name_of, of_shape, peers_of, prompt
-from e2e.random_models import Bytes, forward_flop, held
+from e2e.bench_model import CHECKED, KEPT, SHORT, Ours, decode, name_of, of_shape, prefill, prompt
 from e2e.stored_models import in_format
 
 FORMATS = {"int8": "q8_0", "int4": "q4_0", "fp8": None}  # with llama.cpp's of as many bits
@@ -69,61 +66,17 @@ def compared(exact: Any, format: str) -> SimpleNamespace:
     return SimpleNamespace(model=model, peers=peers, note=note)
 
 
-def with_note(record_row: Callable, tokens: int, words: str, per_token: bool = False) -> Callable[[harness.Row], None]:
-    def record(row: harness.Row) -> None:
-        seconds = row.seconds / tokens if per_token else row.seconds
-        record_row(dataclasses.replace(row, seconds=seconds, note=f"{tokens / row.seconds:.0f} tok/s; {words}"))
-
-    return record
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("format", FORMATS)
 def test_decode(benchmark, record_row, world, format: str) -> None:
-    small, rounds = benchmark.disabled, 7
-    tokens = 2 if small else 16
-    w = world(format, small)
-    runners = begun(w, prompt(w.model, SHORT), SHORT + 1 + tokens * (rounds + 2), within=WITHIN[format])
-    with Bytes(w.model) as counted:
-        runners["glmx"].advance(tokens)
-    if small:
-        for runner in runners.values():
-            runner.advance(tokens)
-        return
-    words = f"{counted.total / tokens / 1e6:.0f} MB a token; {w.note}"
-    harness.compare(
-        benchmark,
-        with_note(record_row, tokens, words, per_token=True),
-        f"{name_of(w.model)} in {format}, decode at {SHORT} tokens",
-        "grouped_gemm",
-        lambda: runners["glmx"].advance(tokens),
-        peers_of(runners, lambda runner: runner.advance(tokens)),
-        flop=2.0 * tokens * w.model.config.num_active_parameters(),
-        touched=counted.total,
-        rounds=rounds,
-    )
+    w = world(format, benchmark.disabled)
+    name = f"{name_of(w.model)} in {format}"
+    decode(benchmark, record_row, w, name, SHORT, 16, 7, within=WITHIN[format])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("tokens", "rounds"), [(256, 5), (2048, 3)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_prefill(benchmark, record_row, world, format: str, tokens: int, rounds: int) -> None:
-    small = benchmark.disabled
-    tokens = min(tokens, 128) if small else tokens
-    w = world(format, small)
-    ids = prompt(w.model, tokens)
-    runners = begun(w, ids, tokens + 1, within=WITHIN[format])
-    if small:
-        return
-    harness.compare(
-        benchmark,
-        with_note(record_row, tokens, w.note),
-        f"{name_of(w.model)} in {format}, prefill of {tokens}",
-        "grouped_gemm",
-        lambda: runners["glmx"].begin(ids),
-        peers_of(runners, lambda runner: runner.begin(ids)),
-        flop=forward_flop(w.model.config, tokens, 1),
-        touched=float(sum(weight.nbytes for _, weight in held(w.model))),
-        rounds=rounds,
-        warmup_rounds=0,
-    )
+    w = world(format, benchmark.disabled)
+    prefill(benchmark, record_row, w, f"{name_of(w.model)} in {format}", tokens, rounds, within=WITHIN[format])

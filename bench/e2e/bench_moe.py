@@ -17,7 +17,6 @@ trainer, theirs are new bf16 tensors, as after `zero_grad(set_to_none=True)`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import harness
 import moe_kt
@@ -27,38 +26,17 @@ import torch
 
 
 @pytest.fixture(scope="module")
-def experts():
-    """experts(shape): the layer, of one shape at a time."""
-    made: dict[str, SimpleNamespace] = {}
-
-    def make(shape: str) -> SimpleNamespace:
-        if shape not in made:
-            made.clear()
-            made[shape] = moe_layers.make(shape)
-        return made[shape]
-
-    return make
+def experts() -> harness.OneAtATime:
+    """experts(shape): the layer."""
+    return harness.OneAtATime(moe_layers.make)
 
 
 @pytest.fixture(scope="module")
 def kt():
-    """kt(shape): the layer in kt-kernel with torch's number of threads, one at a time; None where it does not run."""
-    running: dict[tuple[str, int], moe_kt.KtKernel | None] = {}
-
-    def stop() -> None:
-        for peer in filter(None, running.values()):
-            peer.close()
-        running.clear()
-
-    def start(shape: str) -> moe_kt.KtKernel | None:
-        wanted = shape, torch.get_num_threads()
-        if wanted not in running:
-            stop()
-            running[wanted] = moe_kt.start(shape)
-        return running[wanted]
-
-    yield start
-    stop()
+    """kt(shape): the layer in kt-kernel with torch's number of threads; None where it does not run."""
+    running = harness.OneAtATime(lambda shape, threads: moe_kt.start(shape), lambda peer: peer and peer.close())
+    yield lambda shape: running(shape, torch.get_num_threads())
+    running.close()
 
 
 def measure(

@@ -14,8 +14,6 @@ stay bf16. Where it is installed; 0.7.2 has all of these for AVX-512. "wide" tak
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from types import SimpleNamespace
 
 import harness
 import moe_kt
@@ -30,57 +28,35 @@ ROUNDS = {1: 15, 16: 9, 256: 5}
 
 
 @pytest.fixture(scope="module")
-def layers() -> Callable[[str], SimpleNamespace]:
-    """layers(shape): the bf16 layer, of one shape at a time."""
-    made: dict[str, SimpleNamespace] = {}
-
-    def make(shape: str) -> SimpleNamespace:
-        if shape not in made:
-            made.clear()
-            made[shape] = moe_layers.make(shape)
-        return made[shape]
-
-    return make
+def layers() -> harness.OneAtATime:
+    """layers(shape): the bf16 layer."""
+    return harness.OneAtATime(moe_layers.make)
 
 
 @pytest.fixture(scope="module")
-def small(layers) -> Callable[[str, str], tuple]:
-    """small(shape, format): gate_up and down, of one shape and format at a time."""
-    made: dict[tuple[str, str], tuple] = {}
+def small(layers) -> harness.OneAtATime:
+    """small(shape, format): gate_up and down."""
 
     def make(shape: str, format: str) -> tuple:
-        if (shape, format) not in made:
-            made.clear()
-            gate_up, down = moe_layers.stacks(layers(shape))
-            made[shape, format] = stored.stored(format, gate_up, parts=2), stored.stored(format, down)
-        return made[shape, format]
+        gate_up, down = moe_layers.stacks(layers(shape))
+        return stored.stored(format, gate_up, parts=2), stored.stored(format, down)
 
-    return make
+    return harness.OneAtATime(make)
 
 
 @pytest.fixture(scope="module")
 def kt():
-    """kt(shape, format): kt-kernel's layers in that format, by the names of the peers; of one call at a time."""
-    running: dict[tuple[str, str, int], dict[str, moe_kt.KtKernel]] = {}
+    """kt(shape, format): kt-kernel's layers in that format, by the names of the peers."""
 
-    def stop() -> None:
-        for peers in running.values():
-            for peer in peers.values():
-                peer.close()
-        running.clear()
+    def start(shape: str, format: str, threads: int) -> dict[str, moe_kt.KtKernel]:
+        started = {"kt-kernel": moe_kt.start(shape, format)}
+        if format == "int4":
+            started["kt-kernel int4 by rows"] = moe_kt.start(shape, "int4 by rows")
+        return {name: peer for name, peer in started.items() if peer is not None}
 
-    def start(shape: str, format: str) -> dict[str, moe_kt.KtKernel]:
-        wanted = shape, format, torch.get_num_threads()
-        if wanted not in running:
-            stop()
-            started = {"kt-kernel": moe_kt.start(shape, format)}
-            if format == "int4":
-                started["kt-kernel int4 by rows"] = moe_kt.start(shape, "int4 by rows")
-            running[wanted] = {name: peer for name, peer in started.items() if peer is not None}
-        return running[wanted]
-
-    yield start
-    stop()
+    running = harness.OneAtATime(start, lambda peers: [peer.close() for peer in peers.values()])
+    yield lambda shape, format: running(shape, format, torch.get_num_threads())
+    running.close()
 
 
 @torch.no_grad()

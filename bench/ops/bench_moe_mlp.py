@@ -10,8 +10,6 @@ whose bits are ours.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import harness
 import moe_layers
 import pytest
@@ -21,17 +19,9 @@ import glmx.ops
 
 
 @pytest.fixture(scope="module")
-def layers():
-    """layers(name): one layer at a time."""
-    made: dict[str, SimpleNamespace] = {}
-
-    def make(name: str) -> SimpleNamespace:
-        if name not in made:
-            made.clear()
-            made[name] = moe_layers.make(name)
-        return made[name]
-
-    return make
+def layers() -> harness.OneAtATime:
+    """layers(name)"""
+    return harness.OneAtATime(moe_layers.make)
 
 
 @torch.no_grad()

@@ -3,11 +3,11 @@
 #pragma once
 #include "cpu/inl/sizes.inl"
 
-// Rows of one matrix; a row of int4 is whole words.
+// One matrix; a row of int4 is whole words.
 struct StoredMatrix {
   const uint8_t* values;
   const void* scale;
-  int64_t rows, depth;
+  int64_t depth;
   bool bf16_scale;
 };
 
@@ -49,8 +49,8 @@ void pad_stored(const uint8_t* from, int64_t valid, int64_t values, uint8_t* out
 
 inline StoredMatrix stored_matrix(const GroupedGemmParams& p, int64_t e, int64_t half) {
   const int64_t parts = p.silu_mul ? 2 : 1, i = e * parts + half;
-  return {reinterpret_cast<const uint8_t*>(p.stored.table[i]), reinterpret_cast<const void*>(p.stored.table[p.E * parts + i]), p.N / parts,
-          p.K, p.stored.scale_dtype == DType::bf16};
+  return {reinterpret_cast<const uint8_t*>(p.stored.table[i]), reinterpret_cast<const void*>(p.stored.table[p.E * parts + i]), p.K,
+          p.stored.scale_dtype == DType::bf16};
 }
 
 // Eight e4m3 of exponent 0, eight of exponent 7. The others are the latter times a power of two, and so are their products with a scale

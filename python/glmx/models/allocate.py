@@ -109,7 +109,7 @@ class _Allocation:
                     module._parameters[name] = made[id(old)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = own = torch.empty_like(buffer, device="cpu")
+                    module._buffers[name] = own = torch.empty(buffer.shape, dtype=buffer.dtype)
                     self._receive(f"{prefix}.{name}", own)
 
     def _format(self, name: str, sources: Sequence[Source]) -> StoredFormat | None:
@@ -135,7 +135,7 @@ class _Allocation:
             if tensor is not None and tensor.dtype == old.dtype:
                 self.places[key] = Place(tensor, mapped=True)
                 return nn.Parameter(tensor, requires_grad=False)
-        new = nn.Parameter(torch.empty_like(old, device="cpu"))
+        new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype))  # empty_like imports sympy
         self._receive(name, new.detach())
         return new
 

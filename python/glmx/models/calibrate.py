@@ -21,8 +21,9 @@ from glmx.layers.linear import Linear
 from glmx.layers.mlp import MLP
 from glmx.layers.moe import Experts
 from glmx.models.batch import Batch
-from glmx.models.compressed import GROUP, Format, Quantised, is_quantised, nearest, scale_of
+from glmx.models.compressed import Format, Quantised, is_quantised, nearest, scale_of
 from glmx.models.decoder import Decoder
+from glmx.models.stored import GROUP
 
 WINDOW = 512  # tokens of a sequence: what the demo is trained on, and every GLM reads; many windows are many contexts
 _BATCH = 4  # windows in a forward

@@ -11,24 +11,20 @@ The spelling is compressed-tensors', which vLLM and transformers read too. For a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from glmx.models import stored
 from glmx.models.safetensors import Planned
+from glmx.models.stored import GROUP
 
 Format = Literal["int8", "int4"]
 FORMATS: tuple[str, ...] = get_args(Format)
-GROUP = 128
 _LEAST, _MOST = {"int4": -8, "int8": -127}, {"int4": 7, "int8": 127}
 FORM = {"int4": "pack-quantized", "int8": "int-quantized"}
 _IGNORED = (r"mlp\.gate$", r"indexer\..*", r"eh_proj$", r"shared_head\..*")  # linear layers, to other readers
-_QUANTISED = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.((q|k|v|o|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)"
-    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight"
-)
 
 
 class Quantised(NamedTuple):
@@ -43,7 +39,7 @@ def is_quantised(key: str) -> bool:
 
     Not the router, norms, biases, embedding, head, the MTP layer's eh_proj, and nothing of an indexer.
     """
-    return _QUANTISED.fullmatch(key) is not None
+    return stored.quantises(key, "int4")
 
 
 def planned(key: str, shape: tuple[int, ...], to: Format) -> list[Planned]:
@@ -73,12 +69,6 @@ def packed(q: torch.Tensor) -> torch.Tensor:
     nibbles = torch.full((q.shape[0], -(-q.shape[1] // 8) * 8), 8, dtype=torch.uint8)
     nibbles[:, : q.shape[1]] = (q + 8).view(torch.uint8)
     return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int32)
-
-
-def unpacked(words: torch.Tensor, columns: int) -> torch.Tensor:
-    """The inverse of `packed`."""
-    nibbles = torch.stack([words.view(torch.uint8) & 15, words.view(torch.uint8) >> 4], -1)
-    return nibbles.flatten(1)[:, :columns].to(torch.int8) - 8
 
 
 def rounded(weight: torch.Tensor, to: Format) -> Quantised:

@@ -8,14 +8,12 @@ ever held.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from glmx.errors import CheckpointError, UnsupportedError, shown
 from glmx.jsonfile import read_json
@@ -31,11 +29,11 @@ from glmx.models.checkpoint import (
     write_json,
     writing,
 )
-from glmx.models.compressed import Format, Quantised
+from glmx.models.compressed import Format
 from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
 from glmx.models.fill import Progress
-from glmx.models.safetensors import Planned, StreamedFiles
+from glmx.models.safetensors import Planned, StreamedFiles, check_free
 
 REPORT = "quantization.json"
 _PIECE = 2**20  # values of a copied tensor that are held at a time
@@ -206,6 +204,7 @@ def quantize(
     report = Report(to, old.size, sum(tensor.nbytes for group in planned for tensor in group))
     with writing(target) as temporary:
         check_free(temporary, report.bytes_after)
+        write_json(temporary / "config.json", config_json(old.raw, to))
         if calibration is None:
             _rewrite(old, StreamedFiles(temporary, planned, max_shard_bytes), None, report)
         else:
@@ -216,11 +215,9 @@ def quantize(
             report.calibration_tokens = sum(map(len, windows))
             inputs = calibrate.Inputs(model, windows)
             _rewrite(old, StreamedFiles(temporary, planned, max_shard_bytes), inputs, report)
-            _take_over(model, _written(temporary, to), to)
-            after = asked.bits_per_byte(model)
-            _take_over(model, _nearest(old, to), to)
-            report.bits_per_byte = before, asked.bits_per_byte(model), after
-        write_json(temporary / "config.json", config_json(old.raw, to))
+            _round_to_nearest(model, old, to)
+            nearest = asked.bits_per_byte(model)
+            report.bits_per_byte = before, nearest, asked.bits_per_byte(load(temporary, mapped=True))
         write_json(temporary / REPORT, report.to_dict())
         copy_files((*TOKENIZER_FILES, "generation_config.json"), directory, temporary)
     return report
@@ -231,15 +228,6 @@ def config_json(raw: dict[str, Any], to: Format | Literal["bf16"]) -> dict[str, 
     dropped = ("quantization_config", "torch_dtype")
     out = {key: value for key, value in raw.items() if key not in dropped} | {"dtype": "bfloat16"}
     return out if to == "bf16" else {**out, "quantization_config": compressed.config(to)}
-
-
-def check_free(directory: Path, size: int) -> None:
-    """Raises CheckpointError when the disk that holds `directory` has less than `size` bytes left."""
-    free = shutil.disk_usage(directory).free
-    if free < size:
-        raise CheckpointError(
-            f"the checkpoint takes {size / 1e9:.1f} GB, the disk of '{directory.parent}' has {free / 1e9:.1f} GB left"
-        )
 
 
 def _refuse_quantised(raw: dict[str, Any], directory: Path) -> None:
@@ -289,31 +277,14 @@ def _quantised(weight: torch.Tensor, name: str, inputs: calibrate.Inputs | None,
     return compressed.tensors(quantised, report.to)
 
 
-# What a quantised model predicts, on ops for bf16 weights: int4's are such, int8's are rounded for it.
 @torch.no_grad()
-def _take_over(model: Decoder, matrices: Iterator[tuple[str, Quantised]], to: Format) -> None:
+def _round_to_nearest(model: Decoder, source: Source, to: Format) -> None:
+    """The model of bf16 parameters gets bf16(q * scale)."""
     held = views(model)
-    for key, quantised in matrices:
-        held[key].copy_(compressed.dequantised(quantised, to))
-
-
-def _nearest(source: Source, to: Format) -> Iterator[tuple[str, Quantised]]:
     with source.files:
         for part in source.parts:
             if compressed.is_quantised(part.name):
-                yield part.name, compressed.rounded(source.rows(part).float(), to)
-
-
-def _written(directory: Path, to: Format) -> Iterator[tuple[str, Quantised]]:
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as shard:
-            for key in filter(compressed.is_quantised, (name.removesuffix("_packed") for name in sorted(shard.keys()))):
-                scale = shard.get_tensor(f"{key}_scale").float()
-                if to == "int4":
-                    columns = int(shard.get_tensor(f"{key}_shape")[1])
-                    yield key, Quantised(compressed.unpacked(shard.get_tensor(f"{key}_packed"), columns), scale)
-                else:
-                    yield key, Quantised(shard.get_tensor(key), scale)
+                held[part.name].copy_(compressed.dequantised(compressed.rounded(source.rows(part).float(), to), to))
 
 
 def _norm2(x: torch.Tensor) -> float:

@@ -15,8 +15,7 @@ from glmx.models.checkpoint import SHARD_BYTES, resolve
 from glmx.models.compressed import Format
 from glmx.models.config import ModelConfig
 from glmx.models.fill import Progress
-from glmx.models.quantize import check_free
-from glmx.models.safetensors import Planned, StreamedFiles
+from glmx.models.safetensors import Planned, StreamedFiles, check_free
 
 _BLOCK = 2**25  # values, or bytes; long against a matrix's rows, so that no two rows of one are alike
 _STRIDE = 8191 * 64  # values between the places that two tensors begin at; the block's length is no multiple of it

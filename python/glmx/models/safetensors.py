@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -264,6 +265,15 @@ class Planned(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_free(directory: Path, size: int) -> None:
+    """Raises CheckpointError when the disk that holds `directory` has less than `size` bytes left."""
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise CheckpointError(
+            f"the checkpoint takes {size / 1e9:.1f} GB, the disk of '{directory.parent}' has {free / 1e9:.1f} GB left"
+        )
 
 
 class StreamedFiles:
