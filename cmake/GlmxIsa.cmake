@@ -25,7 +25,7 @@ endfunction()
 
 # The core: every ISA's kernels, host side, dispatch. Its classes and functions are visible to the two libraries that link it.
 function(glmx_core_library target)
-  file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/core/*.cpp ${PROJECT_SOURCE_DIR}/csrc/ops/*.cpp)
+  file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/core/*.cpp ${PROJECT_SOURCE_DIR}/csrc/ops/*.cpp ${PROJECT_SOURCE_DIR}/csrc/gpu/*.cpp)
   set(objects "")
   foreach(isa ${GLMX_ISAS})
     glmx_isa_objects(${isa} isa_objects)

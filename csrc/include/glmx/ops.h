@@ -11,10 +11,14 @@
 //   GEMM tree   per output element: for each block of 32 k (K zero-padded to 32),
 //                 e = fused chain over even k from +0, o = fused chain over odd k from +0, C = C + (e + o), C from +0.
 //               It is what one AMX bf16 tile step computes; the other ISAs follow it in fp32 FMA, or in pairs of links of a chain.
+//   Device      `device` says where the pointers live (device.h); ops without that field run on the CPU alone. On a GPU the contents of index
+//               tensors are not checked by the host. Every op has one tree for all backends, but for products of bf16: on a GPU their sums
+//               are the tensor core's, sixteen k at a time in order.
 //   Revision    kXxxRevision is raised by whoever changes an op's bits; tests/ops/golden.json holds the bits of each.
 #pragma once
 #include <cstdint>
 
+#include "glmx/device.h"
 #include "glmx/dtype.h"
 
 namespace glmx {
@@ -49,6 +53,7 @@ struct RouteTopkParams {
   int64_t n_group, topk_group;  // E % n_group == 0, 1 <= topk_group <= n_group, K <= topk_group * (E / n_group)
   bool norm_topk_prob;
   float routed_scaling_factor;
+  Device device = {};
 };
 void route_topk(const RouteTopkParams& p);
 
@@ -62,6 +67,7 @@ struct RouteTopkBackwardParams {
   int64_t T, E, K;
   bool norm_topk_prob;
   float routed_scaling_factor;
+  Device device = {};
 };
 void route_topk_backward(const RouteTopkBackwardParams& p);
 
@@ -73,6 +79,7 @@ struct ExpertPlanParams {
   int32_t* row_token;       // [T * K]: the token of each row; -1 past offsets[E]
   int32_t* inverse;         // [T, K]: the row of each pair; -1 where skipped
   int64_t T, K, E;          // T * K < 2^31 - 1
+  Device device = {};
 };
 void expert_plan(const ExpertPlanParams& p);
 
@@ -111,6 +118,7 @@ struct GroupedGemmParams {
   int64_t M, R, N, K, E;
   DType dtype, out_dtype;  // each fp32 or bf16; dtype fp32 needs out_dtype fp32
   bool silu_mul;
+  Device device = {};
 };
 void grouped_gemm(const GroupedGemmParams& p);
 
@@ -122,6 +130,7 @@ struct GroupedGemmDgradParams {
   void* dx;                       // [R, K] out_dtype
   int64_t R, N, K, E;
   DType dtype, out_dtype;
+  Device device = {};
 };
 void grouped_gemm_dgrad(const GroupedGemmDgradParams& p);
 
@@ -136,6 +145,7 @@ struct GroupedGemmWgradParams {
   int64_t M, R, N, K, E;
   DType dtype, out_dtype;
   bool accumulate;  // needs out_dtype fp32
+  Device device = {};
 };
 void grouped_gemm_wgrad(const GroupedGemmWgradParams& p);
 
@@ -147,6 +157,7 @@ struct GroupedGemmBiasGradParams {
   int64_t R, N, E;
   DType dtype;
   bool accumulate;  // d_bias = d_bias + result
+  Device device = {};
 };
 void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p);
 
@@ -187,6 +198,7 @@ struct MoeCombineParams {
   void* out;                  // [T, H] dtype
   int64_t T, K, R, H;
   DType dtype;
+  Device device = {};
 };
 void moe_combine(const MoeCombineParams& p);
 
@@ -200,6 +212,7 @@ struct MoeCombineBackwardParams {
   int32_t* pair_of_row;       // workspace [R]
   int64_t T, K, R, H;
   DType dtype;
+  Device device = {};
 };
 void moe_combine_backward(const MoeCombineBackwardParams& p);
 
@@ -221,6 +234,7 @@ struct MoeMlpParams {
   void* rows;                                 // workspace [T * K, H] dtype
   int64_t T, K, E, H, I;                      // K >= 1, T * K < 2^31 - 1
   DType dtype;
+  Device device = {};
 };
 void moe_mlp(const MoeMlpParams& p);
 
@@ -485,6 +499,7 @@ struct RmsNormParams {
   int64_t T, H;
   float eps;
   DType dtype;
+  Device device = {};
 };
 void rms_norm(const RmsNormParams& p);
 
@@ -499,6 +514,7 @@ struct RmsNormBackwardParams {
   int64_t T, H;
   bool accumulate;  // d_weight = d_weight + result
   DType dtype;
+  Device device = {};
 };
 void rms_norm_backward(const RmsNormBackwardParams& p);
 
@@ -514,6 +530,7 @@ struct AddRmsNormParams {
   int64_t T, H;
   float eps;
   DType dtype;
+  Device device = {};
 };
 void add_rms_norm(const AddRmsNormParams& p);
 
@@ -530,6 +547,7 @@ struct LayerNormParams {
   int64_t T, H;
   float eps;
   DType dtype;
+  Device device = {};
 };
 void layer_norm(const LayerNormParams& p);
 
@@ -547,6 +565,7 @@ struct LayerNormBackwardParams {
   bool accumulate_weight;  // d_weight = d_weight + result
   bool accumulate_bias;    // d_bias = d_bias + result
   DType dtype;
+  Device device = {};
 };
 void layer_norm_backward(const LayerNormBackwardParams& p);
 
@@ -557,6 +576,7 @@ struct SiluMulParams {
   void* y;        // [T, I] dtype
   int64_t T, I;
   DType dtype;
+  Device device = {};
 };
 void silu_mul(const SiluMulParams& p);
 
@@ -566,6 +586,7 @@ struct SiluMulBackwardParams {
   void* dx;        // [T, 2 * I] dtype
   int64_t T, I;
   DType dtype;
+  Device device = {};
 };
 void silu_mul_backward(const SiluMulBackwardParams& p);
 
@@ -580,6 +601,7 @@ struct RopeCosSinParams {
   float* sin;                // [T, half]
   int64_t T, half;
   double theta;  // in [1, 1e30]
+  Device device = {};
 };
 void rope_cos_sin(const RopeCosSinParams& p);
 
@@ -591,6 +613,7 @@ struct RopeParams {
   int64_t T, A, D, half;
   bool interleaved, inverse;
   DType dtype;
+  Device device = {};
 };
 void rope(const RopeParams& p);
 
@@ -603,6 +626,7 @@ struct EmbeddingParams {
   void* y;             // [T, H] dtype
   int64_t T, V, H;
   DType dtype;
+  Device device = {};
 };
 void embedding(const EmbeddingParams& p);
 
@@ -615,6 +639,7 @@ struct EmbeddingBackwardParams {
   int64_t T, V, H;     // T < 2^31 - 1
   bool accumulate;     // d_weight = d_weight + sum; else rows that no token names are zeros
   DType dtype;
+  Device device = {};
 };
 void embedding_backward(const EmbeddingBackwardParams& p);
 
@@ -649,6 +674,7 @@ struct LmHeadLogprobParams {
   int64_t T, V, H, top_n;  // 0 <= top_n <= V < 2^31
   float temperature;       // > 0
   DType dtype;
+  Device device = {};
 };
 int64_t lm_head_logprob_workspace(const LmHeadLogprobParams& p);
 void lm_head_logprob(const LmHeadLogprobParams& p);
@@ -671,6 +697,7 @@ struct LmHeadLogprobBackwardParams {
   float temperature;
   bool accumulate;  // d_weight = d_weight + result
   DType dtype;
+  Device device = {};
 };
 int64_t lm_head_logprob_backward_workspace(const LmHeadLogprobBackwardParams& p);
 void lm_head_logprob_backward(const LmHeadLogprobBackwardParams& p);
