@@ -1,4 +1,4 @@
-"""Where the tests of this folder run: on a CUDA card, or, to try the tests themselves on a machine without one, wherever
+"""Where the tests of this folder run: on a CUDA card; or, to try the tests themselves on a machine without one, where
 GPU_TESTS_ON says ("cpu": this CPU's kernels; with GLMX_BACKEND=simt the GPU's, played by the CPU).
 """
 

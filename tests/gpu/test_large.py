@@ -1,8 +1,8 @@
 """Values at the widths of real layers against an fp64 product on the card, with every element of the output written.
 
-By norms, since tests/ops bounds every element of small shapes. A bf16 result was rounded once, by 2^-9 of an element or
-less; an fp32 sum of 4096 products of random signs is off by some ten units of 2^-24. A stretch of 32 k left out, of 4096,
-would be off by 2^-3.5 of the norm.
+By norms, since tests/ops bounds every element of small shapes. A bf16 result was rounded once, by 2^-9 of an element
+or less; an fp32 sum of 4096 products of random signs is off by some ten units of 2^-24. A stretch of 32 k left out, of
+4096, would be off by 2^-3.5 of the norm.
 """
 
 from __future__ import annotations
