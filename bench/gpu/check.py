@@ -78,10 +78,10 @@ class Check:
         own = QUICK.get(self.stage) if self.args.quick else None
         return min(own or LIMITS[self.stage], self.left())
 
-    def run(self, *command: str | pathlib.Path, env: dict[str, str] | None = None, share: float = 1.0) -> str:
+    def run(self, *command: str | pathlib.Path, env: dict[str, str] | None = None) -> str:
         """The output of a command, errors included; raises what went wrong. Its process group ends with it."""
         words = [str(word) for word in command]
-        limit = max(1.0, (self.limit() - (time.monotonic() - self.stage_begun)) * share)
+        limit = max(1.0, self.limit() - (time.monotonic() - self.stage_begun))
         with (self.out / f"{self.stage}.log").open("a+") as log:
             log.write(f"$ {' '.join(words)}\n")
             log.flush()
@@ -175,28 +175,31 @@ class Check:
     def tests(self) -> None:
         report = self.out / "tests.xml"
         report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junitxml={report}", "-p", "no:cacheprovider", "-q"]
+        command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junitxml={report}", "-p", "no:cacheprovider", "-v"]
         # The checkout's python/ holds no libraries: what is installed is tested.
         command += ["-o", "pythonpath=. tests tests/models", "--tb=line", "--maxfail=400"]
         if has_module("xdist"):
             command += ["-n", str(min(8, os.cpu_count() or 1))]
-        failure = None
+        if has_module("pytest_timeout"):  # a kernel that hangs ends its process, and is one failure
+            command += ["--timeout=60", "--timeout-method=thread"]
         try:
             self.run(*command, env={**self.env, "OMP_NUM_THREADS": "1"})
+            text, failure = "", None
         except Failed as failed:
-            failure = failed
-        counts = {"passed": 0, "failed": 0, "skipped": 0}
+            text, failure = failed.text, failed
+        results = junit(report) if report.exists() else from_log(text)
+        self.row(name="tests", **{key: sum(r[1] == key for r in results) for key in ("passed", "failed", "skipped")})
+        of_op: dict[str, dict[str, int]] = {}
         said: dict[str, list[str]] = {}
-        for case in ET.parse(report).getroot().iter("testcase") if report.exists() else ():
-            bad = [child for child in case if child.tag in ("failure", "error")]
-            skipped = any(child.tag == "skipped" for child in case)
-            counts["failed" if bad else "skipped" if skipped else "passed"] += 1
-            if bad:
-                words = (bad[0].get("message") or bad[0].text or "").strip().splitlines()
-                said.setdefault(case.get("name", "").partition("[")[0], []).append(
-                    f"{case.get('name', '')}: {words[0][:300] if words else ''}"
-                )
-        self.row(name="tests", **counts)
+        for test, result, words in results:
+            op = next((op for op in PORTED if test.startswith(f"test_{op}_")), None)
+            if op:
+                count = of_op.setdefault(op, {"passed": 0, "failed": 0, "skipped": 0})
+                count[result] += 1
+            if result == "failed":
+                said.setdefault(test.partition("[")[0], []).append(f"{test}: {words[:300]}")
+        for op, count in of_op.items():
+            self.row(name="op", op=op, **count)
         for test, messages in sorted(said.items(), key=lambda item: -len(item[1])):
             self.row(name="failures", test=test, failed=len(messages), first=messages[:4])
         if failure:
@@ -234,8 +237,10 @@ class Check:
             names = (
                 ["route_topk", "expert_plan", "grouped_gemm", "moe_combine", "moe_mlp"] if tool == "racecheck" else []
             )
+            # Without torch's cache of memory each tensor is an allocation, whose ends the sanitizer knows.
+            env = {**self.env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             try:
-                text = self.run(*command, sys.executable, "-m", "tests.gpu.sanitize", *names)
+                text = self.run(*command, sys.executable, "-m", "tests.gpu.sanitize", *names, env=env)
             except Failed as failed:
                 summary = re.findall(r"=+ ?(.*SUMMARY.*)", failed.text)
                 errors = [line[:200] for line in failed.text.splitlines() if line.startswith("=====")][:12]
@@ -270,6 +275,18 @@ class Check:
 
 
 BENCHES = ("grouped_gemm", "route_topk", "decode", "moe_layer", "moe_combine")
+# Longer names first: a test is of the first that it begins with.
+PORTED = (
+    "add_rms_norm",
+    "rms_norm",
+    "layer_norm",
+    "route_topk",
+    "expert_plan",
+    "grouped_gemm",
+    "moe_combine",
+    "moe_mlp",
+)
+PORTED += ("rope", "silu_mul", "embedding", "lm_head_logprob")
 BENCH_STAGES = tuple(f"bench_{name}" for name in BENCHES)
 WITHOUT_GLMX = ("machine", "install", "ceilings", "bits")
 
@@ -295,6 +312,24 @@ def planned(only: str | None) -> list[str]:
     return [name for name in LIMITS if name in named or name in needed]
 
 
+def junit(report: pathlib.Path) -> list[tuple[str, str, str]]:
+    """(test, result, what it said) of each test in a JUnit report."""
+    found = []
+    for case in ET.parse(report).getroot().iter("testcase"):
+        bad = [child for child in case if child.tag in ("failure", "error")]
+        result = "failed" if bad else "skipped" if any(child.tag == "skipped" for child in case) else "passed"
+        words = ((bad[0].get("message") or bad[0].text or "") if bad else "").strip().splitlines()
+        found.append((case.get("name", ""), result, words[0] if words else ""))
+    return found
+
+
+def from_log(text: str) -> list[tuple[str, str, str]]:
+    """The same from the lines of pytest -v, for a run that was ended before it wrote its report."""
+    states = {"PASSED": "passed", "SKIPPED": "skipped", "FAILED": "failed", "ERROR": "failed"}
+    lines = re.findall(r"^\[gw\d+\] \[ *\d+%\] (\w+) \S+::(.+)$", text, re.MULTILINE)
+    return [(test, states[state], "see tests.log") for state, test in lines if state in states]
+
+
 def has_module(name: str) -> bool:
     import importlib.util
 
@@ -310,8 +345,7 @@ def commit(args: argparse.Namespace) -> str:
 
 
 def shape_of(row: dict[str, Any]) -> str:
-    shape = row["shape"]
-    return " ".join(f"{value}" if key == "name" else f"{key}={value}" for key, value in shape.items())
+    return " ".join(str(value) if key == "name" else f"{key}={value}" for key, value in row["shape"].items())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -333,19 +367,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         elif name in ("memcheck", "racecheck"):
             lines.append(f"{name}: {row['answer']}; {row.get('ran', row.get('found', ''))}"[:200])
     lines = compact(lines)
-    lines.append(f"{'row':5} {'op and shape':72} {'us':>10} {'rate':>14} {'share':>6}  ratio to peers")
+    lines.append(f"{'row':4} {'op and shape':62} {'us':>9} {'rate':>13} {'share':>5} ratio to peers")
     for row in rows:
         if "table" not in row:
             continue
-        what = f"{row['op']} {shape_of(row)}"[:72]
+        what = f"{row['op']} {shape_of(row)}"[:62]
         if "us" not in row:
-            lines.append(f"{row['table']:5} {what:72} {row.get('skipped', row.get('error', ''))[:90]}")
+            lines.append(f"{row['table']:4} {what:62} {row.get('skipped', row.get('error', ''))[:90]}")
             continue
         rate = f"{row['tflops']} TFLOP/s" if row["ceiling"] == "matmul" else f"{row['tb_per_s']} TB/s"
         share = f"{100 * row['share']:.0f}%" if row["share"] is not None else "-"
         ratio = " ".join(f"{peer} {value:.2f}x" for peer, value in row["ratio"].items())
         ratio += "".join(f" {peer}: not timed" for peer in row.get("peers_not_timed", {}))
-        lines.append(f"{row['table']:5} {what:72} {row['us']:>10} {rate:>14} {share:>6}  {ratio}")
+        lines.append(f"{row['table']:4} {what:62} {row['us']:>9} {rate:>13} {share:>5} {ratio}")
     for row in rows:
         if row.get("name") == "stage":
             state = "ok" if row["ok"] else f"FAILED: {row['error']}"

@@ -22,7 +22,7 @@ def combined(rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -
 
 
 def combine_rows(run: Options) -> None:
-    shapes = [(H, T) for H in (6144, 5120, 4096) for T in (32, 128, 1024, 4096, 16384)]
+    shapes = [(H, T) for H in (6144, 5120, 4096) for T in (32, 1024, 16384)]
     for H, T in [(48, 9)] if run.small else chosen(shapes, run):
         touched = 2.0 * T * H * (K + 1) + 8.0 * T * K
 
@@ -56,7 +56,7 @@ def combine_rows(run: Options) -> None:
 
         shape = {"T": T, "H": H, "K": K}
         measure(run, "R2", "moe_combine", shape, make, touched=touched, ceiling="copy", graph=T <= 1024)
-        if T in (9, 4096, 16384):
+        if T in (9, 16384):
             twice = 2.0 * T * H * (2 * K + 1) + 12.0 * T * K
             measure(
                 run,
@@ -72,7 +72,7 @@ def combine_rows(run: Options) -> None:
 
 
 def row_ops(run: Options) -> None:
-    shapes = [(H, T) for H in (4096, 6144) for T in (1, 64, 8192)]
+    shapes = [(H, T) for H in (4096, 6144) for T in (1, 8192)]
     for H, T in [(48, 9)] if run.small else chosen(shapes, run):
         weight = normal(H, run=run)
 
