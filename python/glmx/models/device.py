@@ -31,6 +31,8 @@ def choose(device: str | torch.device) -> torch.device:
         return CPU
     if not re.fullmatch(r"cuda(:\d{1,4})?", name):
         raise UnsupportedError(f"device {shown(name)}: expected auto, cpu, cuda or cuda:N")
+    if runtime.settings.backend not in (None, "auto", "cuda"):
+        raise UnsupportedError(f"device '{name}': GLMX_BACKEND={runtime.settings.backend} keeps everything on the cpu")
     if not runtime.native().build_info()["cuda"]:
         raise UnsupportedError(f"device '{name}': this build of glmx has no CUDA backend, only cpu (docs/install.md)")
     if torch.version.cuda is None:

@@ -46,7 +46,8 @@ class GroupedGemmFunction(torch.autograd.Function):
         x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, preact_RN = ctx.saved_tensors
         dy = dy.to(x_MK.dtype).contiguous()
         if offsets is None:
-            offsets = torch.tensor([0, x_MK.shape[0]], dtype=torch.int32)
+            offsets = torch.zeros(2, dtype=torch.int32, device=x_MK.device)
+            offsets[1:].fill_(x_MK.shape[0])  # made there: numbers that are sent over make the CPU wait
         if preact_RN is not None:
             d_preact_RN = torch.empty_like(preact_RN)
             torch.ops.glmx.silu_mul_backward(d_preact_RN, dy, preact_RN)

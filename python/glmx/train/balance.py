@@ -39,8 +39,8 @@ class ExpertLoads:
     def add(self, expert_counts: Sequence[Tensor]) -> None:
         """Adds one micro-batch: int32 [E] per MoE layer."""
         # One copy of all layers from a GPU: each would wait for the work before it.
-        counts = torch.stack([c.detach() for c in expert_counts]).cpu() if expert_counts else ()
-        new = [c.to(torch.int64) for c in counts]
+        flat = torch.cat(list(expert_counts)).to(torch.int64).cpu() if expert_counts else torch.empty(0)
+        new = list(flat.split([c.numel() for c in expert_counts]))
         self.counts = [a + b for a, b in zip(self.counts, new, strict=True)] if self.counts else new
 
     def max_vio(self) -> list[float]:
@@ -58,7 +58,7 @@ def update_biases(biases: Sequence[Tensor], loads: ExpertLoads, rate: float) -> 
         return
     for bias, counts in zip(biases, loads.counts, strict=True):
         below_mean = torch.sign(counts.sum() - counts * counts.numel())
-        bias.add_(below_mean.to(bias) * rate)
+        bias.add_(below_mean.to(bias.device, bias.dtype) * rate)
 
 
 @torch.no_grad()
