@@ -8,6 +8,7 @@
 // Work/bytes 4*T*H flop; 2*T*H elements forward, 5*T*H backward (x and dy are read again for d_weight): bound by memory
 // Measured   not measured on hardware
 // Limits     H >= 1; host checks in ops/rms_norm.cpp. Rows beyond 48 KB (backward: 24 KB) are not staged
+#include "gpu/block_sums.h"
 #include "gpu/gx/gx.h"
 #include "gpu/kernels.h"
 #include "gpu/rms_row.h"

@@ -1,4 +1,4 @@
-// What the normalisations share: rows staged in shared memory, sixteen-lane chains over them, sums of blocks of 64 rows.
+// What the normalisations share: rows staged in shared memory and sixteen-lane chains over them.
 //
 // A block owns a few rows and stages them, because a row is walked in two shapes: its sums by sixteen lanes, element after element, and
 // everything else by all threads in pieces of 16 bytes. So memory sees wide accesses, many in flight, and a single row (decode) is fast
@@ -11,7 +11,6 @@ namespace glmx::gpu {
 namespace {
 
 constexpr int kNormThreads = 128, kHalfTeams = kNormThreads / gx::kRowLanes;
-constexpr int64_t kNormRows = 64;  // rows whose weight gradients are summed first: part of the bits
 // Shared memory: what a block stages at most (every GPU grants a block 48 KB unasked), and what several rows together may take, so that a
 // multiprocessor holds ten or more blocks.
 constexpr int64_t kStageMost = 48 * 1024, kStageRows = 16 * 1024;
@@ -140,26 +139,6 @@ __device__ inline void normalise_rows(Rows<T> x, const T* weight, T* y, float* r
 __device__ inline int rows_here(int64_t T, const NormPlan& plan) {
   const int64_t left = T - int64_t{blockIdx.x} * plan.rows;
   return left < plan.rows ? static_cast<int>(left) : plan.rows;
-}
-
-// out[i] = the sum of partial[b * stride + i] over the blocks in order; blockIdx.y picks one of two gradients that lie side by side.
-struct BlockSums {
-  const float* partial;
-  int64_t blocks, stride, H;
-  float* out[2];
-  bool accumulate[2];
-};
-constexpr int kSumThreads = 64;  // few: columns are all the parallelism that there is
-__global__ void __launch_bounds__(kSumThreads) sum_blocks(BlockSums p) {
-  const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-  if (i >= p.H) return;
-  const int which = static_cast<int>(blockIdx.y);
-  const float* partial = p.partial + which * p.H + i;
-  float sum = 0.0f;
-#pragma unroll 16
-  for (int64_t b = 0; b < p.blocks; ++b) sum = sum + partial[b * p.stride];
-  float* out = (which == 0 ? p.out[0] : p.out[1]) + i;
-  *out = (which == 0 ? p.accumulate[0] : p.accumulate[1]) ? *out + sum : sum;
 }
 
 }  // namespace
