@@ -1,13 +1,54 @@
 // The table of ops, in the order of ops.h.
 #include "ops/registry.h"
 
+#include <algorithm>
+
+#include "gpu/kernels.h"
+
 namespace glmx {
+namespace {
+// Of the GPUs first: a process that has loaded the CPU that plays GPU tests that one, and has no card.
+const gpu::Kernels* gpu_table() {
+  for (Backend backend : {Backend::cuda, Backend::hip, Backend::simt}) {
+    if (const gpu::Kernels* table = gpu::kernels(backend)) return table;
+  }
+  return nullptr;
+}
+
+bool composes_moe_mlp(const gpu::Kernels& table) { return table.expert_plan && table.grouped_gemm && table.moe_combine; }
+
+std::vector<std::string> names(const gpu::Kernels& table) {
+  std::vector<std::string> out;
+#define GLMX_GPU_NAME(name, Params) \
+  if (table.name != nullptr) out.emplace_back(#name);
+  GLMX_GPU_KERNELS(GLMX_GPU_NAME)
+#undef GLMX_GPU_NAME
+  if (composes_moe_mlp(table)) out.emplace_back("moe_mlp");
+  return out;
+}
+}  // namespace
 
 Isa chosen_isa(const OpInfo& info, Isa level) {
   for (Isa isa : info.kernels) {
     if (runs_under(isa, level)) return isa;
   }
   return Isa::base;
+}
+
+const char* gpu_kernel(const OpInfo& info) {
+  const gpu::Kernels* table = gpu_table();
+  if (table == nullptr) return "none";
+  const std::string op = info.op;
+  const std::vector<std::string> have = names(*table);
+  if (std::find(have.begin(), have.end(), op) == have.end()) return "none";
+  if (op == "moe_mlp") return "composed";
+  if (op != "grouped_gemm" || table->grouped_gemm_path == nullptr || table->device_count() == 0) return "gpu";
+  return table->grouped_gemm_path(0, info.variant == std::string("bf16") ? DType::bf16 : DType::f32);
+}
+
+std::vector<std::string> gpu_kernels(Backend backend) {
+  const gpu::Kernels* table = gpu::kernels(backend);
+  return table == nullptr ? std::vector<std::string>{} : names(*table);
 }
 
 const std::vector<OpInfo>& op_table() {
