@@ -163,7 +163,7 @@ def _announce(args: argparse.Namespace, llm: LLM, name: str, numerics: str, url:
         "weights": _weights(args, llm),
         "dtype": f"{_dtype(llm)}, numerics {numerics}",
         "device": words(llm.model.device),
-        "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in _kernels(_dtype(llm)).items()),
+        "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in _kernels(llm).items()),
         "limits": f"{llm.engine.max_model_len} tokens a request, {args.max_num_seqs} requests at a time",
         "drafts": _drafts(llm),
         "API key": "required" if has_key else "none",
@@ -191,14 +191,16 @@ def _drafts(llm: LLM) -> str:
     return f"up to {policy.limit} a step, as many as pay off" if policy.adaptive else f"{policy.limit} a step"
 
 
-def _kernels(dtype: str) -> dict[str, list[str]]:
-    """Instruction set -> the ops whose kernel for this dtype is compiled for it."""
+def _kernels(llm: LLM) -> dict[str, list[str]]:
+    """Instruction set, or the GPU's name of a kernel -> the ops whose kernel for the model's dtype it is."""
     from glmx import runtime
 
     out: dict[str, list[str]] = {}
+    on_gpu = llm.model.device.type == "cuda"
     for row in runtime.native().kernel_table():
-        if row["variant"] in ("", dtype):
-            out.setdefault(row["kernel"], []).append(row["op"])
+        if row["variant"] in ("", _dtype(llm)):
+            name = f"cuda/{row['gpu']}" if on_gpu and row["gpu"] != "none" else row["kernel"]
+            out.setdefault(name, []).append(row["op"])
     return out
 
 
