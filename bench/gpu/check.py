@@ -150,8 +150,9 @@ class Check:
         told = self.run(sys.executable, "-m", "glmx", "env", "--json")
         facts = json.loads(told[told.index("{") :])
         self.row(name="env", **{key: facts[key] for key in facts if key not in ("kernels", "environment")})
-        found = [row for row in facts.get("kernels", []) if row.get("kernel") in ("cuda", "sm80", "sm90", "gpu")]
-        self.row(name="kernels", kernels=found)
+        rows = facts.get("kernels", [])
+        served = {f"{row['op']} {row['variant']}".strip(): row.get("gpu", "none") for row in rows}
+        self.row(name="kernels", on_the_card=served)
 
     def lines(self, text: str) -> None:
         for line in text.splitlines():

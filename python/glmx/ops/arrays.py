@@ -50,11 +50,10 @@ def with_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
 def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     arrays = [value for value in (*args, *kwargs.values()) if is_array(value)]
     library = _library(arrays[0])
-    for array in arrays:
-        if _library(array) is not library:
+    for other in map(_library, arrays):
+        if other is not library:
             raise TypeError(
-                f"{function.__name__}: expected arrays of one library: got {_library(array).__name__}'s beside "
-                f"{library.__name__}'s"
+                f"{function.__name__}: expected arrays of one library: got {other.__name__}'s beside {library.__name__}'s"
             )
     owners: dict[int, Any] = {}
 
