@@ -100,7 +100,7 @@ def test_errors_are_the_ops_own() -> None:
         def __dlpack__(self) -> None: ...
 
     Strange.__module__ = "fractions"
-    with pytest.raises(TypeError, match="one library: got fractions's|a library with from_dlpack: got .*Strange"):
+    with pytest.raises(TypeError, match="one library|with from_dlpack: got .*Strange"):
         ops.rms_norm(numpy.ones((2, 8), numpy.float32), Strange(), 1e-5)
 
 

@@ -53,7 +53,7 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     for other in map(_library, arrays):
         if other is not library:
             raise TypeError(
-                f"{function.__name__}: expected arrays of one library: got {other.__name__}'s beside {library.__name__}'s"
+                f"{function.__name__}: expected arrays of one library: got {library.__name__}'s and {other.__name__}'s"
             )
     owners: dict[int, Any] = {}
 
