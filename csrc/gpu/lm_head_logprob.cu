@@ -119,7 +119,7 @@ __device__ void scan_top(const Slab& s, int64_t row, const float* logits) {
   for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
     if (!top.takes(s.maxima[row * s.chunks + chunk])) continue;
     const int64_t n = chunk_width(s, chunk), begin = chunk * kLmHeadChunk;
-    constexpr int kAhead = 8;
+    constexpr int kAhead = 4;
     for (int64_t i = 0; i < n; i += kAhead * gx::kTeam) {
       float z[kAhead];
 #pragma unroll
