@@ -9,9 +9,9 @@
 //            64 tokens (each has two times 64 columns, with silu_mul gate and up). A ring of stages under mbarriers runs on from tile to
 //            tile, so the loads of a tile overlap the stores of the one before. As many blocks as multiprocessors
 // Work/bytes 2*M*N*K flop; M*K + E*N*K + M*N elements: bound by the matrix unit above about 190 rows an expert (740 TFLOP/s, 4 TB/s)
-// Measured   H200: 715 to 780 TFLOP/s from 1024 rows an expert on (torch's matmul of 8192^3: 737), gathered 540 to 680, with silu_mul 470
-// to 590; decode of one
-//            token 3.4 TB/s of weights, of 16 tokens 4.2 TB/s (read: 4.29)
+// Measured   H200: 660 to 770 TFLOP/s from 1024 rows an expert on (torch's matmul of 8192^3: 737), gathered 540 to 680, with silu_mul 470
+//            to 590 (its exp and division wait for nothing but are waited for); decode of one token reads weights at 3.4 TB/s, of 16 at
+//            4.2 TB/s (a copy-free read: 4.29)
 // Limits     what sm90_takes refuses runs grouped_gemm.cu: the choice is one of card, weights and alignment, never of the rows
 #include "gpu/gemm_paths.h"
 #include "gpu/gemm_tiles.h"
