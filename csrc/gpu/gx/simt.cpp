@@ -3,7 +3,7 @@
 // A block runs to its end on one OS thread. The scheduler resumes the fibers of one warp after another; a fiber runs until it must wait (a
 // collective, a barrier, a poll) or ends. The lane that comes last to a collective performs it for all. When no fiber can run and no bulk
 // copy is in flight, nothing will ever happen: that is a deadlock, and the report says who waits where. A faulty block is given up where it
-// stands: its fibers are never resumed, so kernels may not own anything that needs a destructor.
+// stands: its fibers are never resumed.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -111,6 +111,9 @@ const StaticShared& static_shared() {
   return known;
 }
 
+// Thrown by fault(), so that what is on the faulty thread's stack is destroyed; the block's other threads are just never resumed.
+struct GivenUp {};
+
 // Where a fiber begins.
 void enter() {
   Fiber& f = current();
@@ -118,8 +121,11 @@ void enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &w.scheduler_stack, &w.scheduler_stack_bytes);
 #endif
-  w.launch->body(w.launch->context);
-  w.end(f);
+  try {
+    w.launch->body(w.launch->context);
+    w.end(f);
+  } catch (const GivenUp&) {
+  }
   w.yield(f);  // for good
   std::abort();
 }
@@ -358,8 +364,7 @@ void fault(const char* format, ...) {
   va_end(args);
   Fiber& f = current();
   f.worker->fail("thread " + std::to_string(f.index.x) + ": " + text);
-  f.worker->yield(f);  // for good
-  std::abort();
+  throw GivenUp();
 }
 
 // ---- Meeting
