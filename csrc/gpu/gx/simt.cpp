@@ -67,12 +67,14 @@ struct Options {
   std::atomic<Order> order{Order::forward};
   std::atomic<uint64_t> seed{1};
   std::atomic<int> architecture{90};
-  // GLMX_BACKEND=simt[:sm80|:sm90][:forward|:reverse|:random]
+  // GLMX_BACKEND=simt[:sm80][:forward|:reverse|:random[:SEED]]
   Options() {
     const char* value = std::getenv("GLMX_BACKEND");
     const std::string text = value == nullptr ? "" : value;
     if (text.find(":reverse") != std::string::npos) order = Order::reverse;
-    if (text.find(":random") != std::string::npos) order = Order::random;
+    const size_t random = text.find(":random");
+    if (random != std::string::npos) order = Order::random;
+    if (random != std::string::npos && random + 8 < text.size()) seed = std::strtoull(text.c_str() + random + 8, nullptr, 10);
     if (text.find(":sm80") != std::string::npos) architecture = 80;
   }
 };
