@@ -1,7 +1,7 @@
 """A glm4_moe on a GPU: the CPU's bits in fp32, close to them in bf16; X1 to X4; runs that resume to the same bits.
 
 The model has several tiles of everything: 384 wide, 32 experts of 192, four layers and an MTP layer. Its attention, its
-draws and its optimizer run on the CPU (docs/gpu.md).
+draws and its optimizer run on the CPU (docs/device.md).
 """
 
 from __future__ import annotations
