@@ -171,7 +171,7 @@ def faults() -> list[Fault]:
 
     env = table("glmx env")
     env("a typing error in GLMX_ISA", ["env"], "GLMX_ISA=avx3 avx2", environment={"GLMX_ISA": "avx3"})
-    env("a backend that this build lacks", ["env"], "GLMX_BACKEND=cuda", environment={"GLMX_BACKEND": "cuda"})
+    env("a backend that this build lacks", ["env"], "GLMX_BACKEND=hip", environment={"GLMX_BACKEND": "hip"})
     env("a kind of log that does not exist", ["env"], "GLMX_LOG=all kernels", environment={"GLMX_LOG": "all"})
 
     add = table("glmx generate")

@@ -58,6 +58,10 @@ OpInfo op_info(const char* op, int revision, const Kernel<Fn> (&table)[n], DType
 // The ISA of the kernel that runs under `level`.
 Isa chosen_isa(const OpInfo& info, Isa level);
 
+// What runs it on this build's GPU backend: "gpu" (the portable kernel), "sm90" (Hopper's own, on the first card here), "composed" (other
+// ops, one after the other), or "none": without a backend, or where the op runs on the CPU alone.
+const char* gpu_kernel(const OpInfo& info);
+
 // Every op of this build, in the order of ops.h (ops/registry.cpp).
 const std::vector<OpInfo>& op_table();
 

@@ -3,7 +3,12 @@
 #include "gpu/kernels.h"
 
 namespace glmx::gpu {
-const char* grouped_gemm_path(int index, DType dtype);  // grouped_gemm.cu
+const char* grouped_gemm_path(int index, DType dtype) __attribute__((weak));  // grouped_gemm.cu
+
+// Weak: the address of a kernel that this backend's library does not hold is null, and so is its entry.
+#define GLMX_GPU_WEAK(name, Params) void name(const Params& p) __attribute__((weak));
+GLMX_GPU_KERNELS(GLMX_GPU_WEAK)
+#undef GLMX_GPU_WEAK
 
 namespace {
 const bool installed = [] {

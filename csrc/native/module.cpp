@@ -1,4 +1,5 @@
 // glmx._native: what this build and this machine are. No torch here; it links the same core as the op library.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +12,7 @@
 #include "core/features.h"
 #include "core/parallel.h"
 #include "core/recording.h"
+#include "gpu/kernels.h"
 
 namespace py = pybind11;
 
@@ -42,6 +44,7 @@ py::list kernel_table(const std::string& isa) {
     row["op"] = info.op;
     row["variant"] = info.variant;
     row["kernel"] = glmx::isa_name(glmx::chosen_isa(info, level));
+    row["gpu"] = glmx::gpu_kernel(info);
     row["revision"] = info.revision;
     rows.append(row);
   }
@@ -54,14 +57,47 @@ py::dict op_revisions() {
   return out;
 }
 
+py::object version_or_none(const std::string& version) { return version.empty() ? py::object(py::none()) : py::str(version); }
+
 py::dict build_info() {
   py::dict out;
   out["version"] = GLMX_VERSION;
   out["compiler"] = GLMX_COMPILER;
   out["build_type"] = GLMX_BUILD_TYPE;
-  out["cuda"] = py::none();
-  out["hip"] = py::none();
+  out["cuda"] = version_or_none(GLMX_CUDA_VERSION);
+  out["hip"] = version_or_none(GLMX_HIP_VERSION);
   return out;
+}
+
+// Whose kernels this process has; "simt" once it is loaded.
+std::vector<std::string> backends() {
+  std::vector<std::string> out = {glmx::backend_name(glmx::Backend::cpu)};
+  for (glmx::Backend backend : {glmx::Backend::cuda, glmx::Backend::hip, glmx::Backend::simt}) {
+    if (glmx::gpu::kernels(backend) != nullptr) out.emplace_back(glmx::backend_name(backend));
+  }
+  return out;
+}
+
+// The cards that this build's GPU backend sees: none without a driver.
+py::list gpu_devices() {
+  py::list out;
+  for (glmx::Backend backend : {glmx::Backend::cuda, glmx::Backend::hip}) {
+    const glmx::gpu::Kernels* table = glmx::gpu::kernels(backend);
+    for (int i = 0; table != nullptr && i < table->device_count(); ++i) {
+      py::dict device;
+      device["device"] = std::string("cuda:") + std::to_string(i);  // torch calls AMD's cards that too
+      device["name"] = table->device_name(i);
+      device["architecture"] = table->architecture(i);
+      out.append(device);
+    }
+  }
+  return out;
+}
+
+// The library installs itself: csrc/gpu/table.cu.
+void load_simt(const std::string& path) {
+  GLMX_CHECK(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL) != nullptr, "GLMX_BACKEND=simt: ", dlerror());
+  GLMX_CHECK(glmx::gpu::kernels(glmx::Backend::simt) != nullptr, "GLMX_BACKEND=simt: ", path, " holds no simt backend");
 }
 
 template <class T>
@@ -134,6 +170,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("kernel_table", kernel_table, py::arg("isa") = "", "Which kernel each op runs under an ISA level (default: the active one).");
   m.def("op_revisions", op_revisions, "Kernel revision per op: raised by whoever changes its bits.");
   m.def("build_info", build_info);
+  m.def("backends", backends, "Whose kernels this process has: cpu, and cuda or hip where they are built; simt once it is loaded.");
+  m.def("gpu_devices", gpu_devices, "The cards that the GPU backend of this build sees.");
+  m.def("load_simt", load_simt, py::arg("path"), "For tests: loads the CPU that plays GPU; CPU tensors then run the GPU's kernels.");
   m.def("set_small_work", glmx::set_small_work, py::arg("nanoseconds"),
         "For tests: the work below which an op stays on the calling thread; returns the former value.");
   define_recording(m);

@@ -2,6 +2,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
+#include "gpu/kernels.h"
 #include "ops/registry.h"
 
 namespace glmx {
@@ -35,13 +36,15 @@ void sort_tokens(const EmbeddingBackwardParams& p) {
 OpInfo embedding_info() { return op_info("embedding", "", kEmbeddingRevision, kForward); }
 
 void embedding(const EmbeddingParams& p) {
-  check_ids(p.ids, p.T, p.V);
+  if (host_reads(p.device)) check_ids(p.ids, p.T, p.V);
+  if (on_gpu(p.device)) return gpu::launch("embedding", &gpu::Kernels::embedding, p);
   select(kForward).fn(p);
 }
 
 void embedding_backward(const EmbeddingBackwardParams& p) {
   GLMX_CHECK(p.T < INT32_MAX, "embedding: ids: expected fewer than 2^31 - 1 tokens: got ", p.T);
-  check_ids(p.ids, p.T, p.V);
+  if (host_reads(p.device)) check_ids(p.ids, p.T, p.V);
+  if (on_gpu(p.device)) return gpu::launch("embedding_backward", &gpu::Kernels::embedding_backward, p);
   sort_tokens(p);
   select(kBackward).fn(p);
 }

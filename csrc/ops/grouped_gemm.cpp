@@ -2,6 +2,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
+#include "gpu/kernels.h"
 #include "ops/registry.h"
 
 namespace glmx {
@@ -49,13 +50,18 @@ void check_offsets(const char* op, const int32_t* offsets, int64_t E, int64_t R)
   GLMX_CHECK(offsets[E] <= R, op, ": expected expert_offsets[-1] <= ", R, " rows: got ", offsets[E]);
 }
 
-void check_rows(const char* op, const int32_t* row_token, int64_t used, int64_t R, int64_t M) {
-  if (row_token == nullptr) {
-    GLMX_CHECK(R == M, op, ": expected as many rows as x has without row_token: got ", R, ", x has ", M);
-    return;
-  }
-  for (int64_t r = 0; r < used; ++r) {
-    GLMX_CHECK(row_token[r] >= 0 && row_token[r] < M, op, ": expected row_token in [0, ", M, "): got ", row_token[r], " at row ", r);
+void check_row_count(const char* op, const int32_t* row_token, int64_t R, int64_t M) {
+  GLMX_CHECK(row_token != nullptr || R == M, op, ": expected as many rows as x has without row_token: got ", R, ", x has ", M);
+}
+
+// What expert_offsets and row_token hold, where the host can read it.
+template <class Params>
+void check_contents(const char* op, const Params& p) {
+  if (!host_reads(p.device)) return;
+  check_offsets(op, p.expert_offsets, p.E, p.R);
+  for (int64_t r = 0; p.row_token != nullptr && r < p.expert_offsets[p.E]; ++r) {
+    GLMX_CHECK(p.row_token[r] >= 0 && p.row_token[r] < p.M, op, ": expected row_token in [0, ", p.M, "): got ", p.row_token[r], " at row ",
+               r);
   }
 }
 
@@ -81,19 +87,27 @@ OpInfo grouped_gemm_info(DType operands) { return op_info("grouped_gemm", kGroup
 void grouped_gemm(const GroupedGemmParams& given) {
   const char* op = "grouped_gemm";
   GroupedGemmParams p = given;
+  // Weights in few bits have no kernel on a GPU yet; a CPU that plays GPU takes the CPU's.
+  if (p.stored.table != nullptr && p.device.backend == Backend::simt) p.device = Device{};
+  GLMX_CHECK(p.stored.table == nullptr || !on_gpu(p.device), op, ": stored weights run on the CPU: got x on ",
+             backend_name(p.device.backend));
   const int32_t dense[2] = {0, static_cast<int32_t>(p.R)};
   if (p.expert_offsets == nullptr) {
     GLMX_CHECK(p.E == 1, op, ": expected expert_offsets for ", p.E, " experts: got none");
     GLMX_CHECK(p.R < INT32_MAX, op, ": x: expected fewer than 2^31 - 1 rows: got ", p.R);
-    p.expert_offsets = dense;
   }
   check_sizes(op, p.E, p.N, p.K);
   check_dtypes(op, p.dtype, p.out_dtype);
   GLMX_CHECK(!p.silu_mul || p.N % 2 == 0, op, ": expected an even w.shape[1] with silu_mul (gate rows, then up rows): got ", p.N);
   GLMX_CHECK(p.silu_mul || p.preact == nullptr, op, ": expected no preact without silu_mul");
+  check_row_count(op, p.row_token, p.R, p.M);
+  if (on_gpu(p.device)) {
+    if (p.expert_offsets != nullptr) check_contents(op, p);
+    return gpu::launch(op, &gpu::Kernels::grouped_gemm, p);
+  }
   check_stored(op, p);
-  check_offsets(op, p.expert_offsets, p.E, p.R);
-  check_rows(op, p.row_token, p.expert_offsets[p.E], p.R, p.M);
+  if (p.expert_offsets == nullptr) p.expert_offsets = dense;
+  check_contents(op, p);
   select(kForward, p.dtype).fn(p);
 }
 
@@ -101,7 +115,8 @@ void grouped_gemm_dgrad(const GroupedGemmDgradParams& p) {
   const char* op = "grouped_gemm_dgrad";
   check_sizes(op, p.E, p.N, p.K);
   check_dtypes(op, p.dtype, p.out_dtype);
-  check_offsets(op, p.expert_offsets, p.E, p.R);
+  if (host_reads(p.device)) check_offsets(op, p.expert_offsets, p.E, p.R);
+  if (on_gpu(p.device)) return gpu::launch(op, &gpu::Kernels::grouped_gemm_dgrad, p);
   select(kDgrad, p.dtype).fn(p);
 }
 
@@ -110,14 +125,17 @@ void grouped_gemm_wgrad(const GroupedGemmWgradParams& p) {
   check_sizes(op, p.E, p.N, p.K);
   check_dtypes(op, p.dtype, p.out_dtype);
   GLMX_CHECK(!p.accumulate || p.out_dtype == DType::f32, op, ": expected an fp32 out to accumulate into: got ", dtype_name(p.out_dtype));
-  check_offsets(op, p.expert_offsets, p.E, p.R);
-  check_rows(op, p.row_token, p.expert_offsets[p.E], p.R, p.M);
+  check_row_count(op, p.row_token, p.R, p.M);
+  check_contents(op, p);
+  if (on_gpu(p.device)) return gpu::launch(op, &gpu::Kernels::grouped_gemm_wgrad, p);
   select(kWgrad, p.dtype).fn(p);
 }
 
 void grouped_gemm_bias_grad(const GroupedGemmBiasGradParams& p) {
-  check_sizes("grouped_gemm_bias_grad", p.E, p.N, 1);
-  check_offsets("grouped_gemm_bias_grad", p.expert_offsets, p.E, p.R);
+  const char* op = "grouped_gemm_bias_grad";
+  check_sizes(op, p.E, p.N, 1);
+  if (host_reads(p.device)) check_offsets(op, p.expert_offsets, p.E, p.R);
+  if (on_gpu(p.device)) return gpu::launch(op, &gpu::Kernels::grouped_gemm_bias_grad, p);
   select(kBiasGrad).fn(p);
 }
 

@@ -2,6 +2,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
+#include "gpu/kernels.h"
 #include "ops/registry.h"
 
 namespace glmx {
@@ -20,9 +21,13 @@ OpInfo layer_norm_info() { return op_info("layer_norm", "", kLayerNormRevision, 
 void layer_norm(const LayerNormParams& p) {
   GLMX_CHECK(p.H >= 1, "layer_norm: expected x.shape[-1] >= 1: got ", p.H);
   GLMX_CHECK(p.eps >= 0.0f, "layer_norm: expected eps >= 0: got ", p.eps);
+  if (on_gpu(p.device)) return gpu::launch("layer_norm", &gpu::Kernels::layer_norm, p);
   select(kForward).fn(p);
 }
 
-void layer_norm_backward(const LayerNormBackwardParams& p) { select(kBackward).fn(p); }
+void layer_norm_backward(const LayerNormBackwardParams& p) {
+  if (on_gpu(p.device)) return gpu::launch("layer_norm_backward", &gpu::Kernels::layer_norm_backward, p);
+  select(kBackward).fn(p);
+}
 
 }  // namespace glmx

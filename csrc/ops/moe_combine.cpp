@@ -1,7 +1,10 @@
 // moe_combine: checks and kernel choice.
+#include <vector>
+
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
+#include "gpu/kernels.h"
 #include "ops/registry.h"
 
 namespace glmx {
@@ -20,18 +23,21 @@ void check_inverse(const int32_t* inverse, int64_t pairs, int64_t R, int64_t K) 
                " for token ", i / K, ", k ", i % K);
   }
 }
-}  // namespace
 
-OpInfo moe_combine_info() { return op_info("moe_combine", "", kMoeCombineRevision, kForward); }
+void fail_named_twice(int32_t row) { detail::fail("moe_combine: inverse: expected each row at most once: row ", row, " is named twice"); }
 
-void moe_combine(const MoeCombineParams& p) {
-  check_inverse(p.inverse, p.T * p.K, p.R, p.K);
-  select(kForward).fn(p);
+// The kernels of a GPU fill pair_of_row themselves, so this check leaves it alone.
+void check_rows_once(const int32_t* inverse, int64_t pairs, int64_t R) {
+  std::vector<bool> named(static_cast<size_t>(R));
+  for (int64_t i = 0; i < pairs; ++i) {
+    if (inverse[i] < 0) continue;
+    if (named[inverse[i]]) fail_named_twice(inverse[i]);
+    named[inverse[i]] = true;
+  }
 }
 
-void moe_combine_backward(const MoeCombineBackwardParams& p) {
-  check_inverse(p.inverse, p.T * p.K, p.R, p.K);
-  GLMX_CHECK(p.T * p.K < INT32_MAX, "moe_combine: expected T * K < 2^31 - 1: got ", p.T, " * ", p.K);
+// pair_of_row, and the zeros of the pairs that name no row.
+void fill_pairs(const MoeCombineBackwardParams& p) {
   for (int64_t r = 0; r < p.R; ++r) p.pair_of_row[r] = -1;
   for (int64_t i = 0; i < p.T * p.K; ++i) {
     const int32_t row = p.inverse[i];
@@ -39,9 +45,28 @@ void moe_combine_backward(const MoeCombineBackwardParams& p) {
       if (p.d_topk_weights != nullptr) p.d_topk_weights[i] = 0.0f;
       continue;
     }
-    GLMX_CHECK(p.pair_of_row[row] < 0, "moe_combine: inverse: expected each row at most once: row ", row, " is named twice");
+    if (p.pair_of_row[row] >= 0) fail_named_twice(row);
     p.pair_of_row[row] = static_cast<int32_t>(i);
   }
+}
+}  // namespace
+
+OpInfo moe_combine_info() { return op_info("moe_combine", "", kMoeCombineRevision, kForward); }
+
+void moe_combine(const MoeCombineParams& p) {
+  if (host_reads(p.device)) check_inverse(p.inverse, p.T * p.K, p.R, p.K);
+  if (on_gpu(p.device)) return gpu::launch("moe_combine", &gpu::Kernels::moe_combine, p);
+  select(kForward).fn(p);
+}
+
+void moe_combine_backward(const MoeCombineBackwardParams& p) {
+  GLMX_CHECK(p.T * p.K < INT32_MAX, "moe_combine: expected T * K < 2^31 - 1: got ", p.T, " * ", p.K);
+  if (host_reads(p.device)) check_inverse(p.inverse, p.T * p.K, p.R, p.K);
+  if (on_gpu(p.device)) {
+    if (host_reads(p.device)) check_rows_once(p.inverse, p.T * p.K, p.R);
+    return gpu::launch("moe_combine_backward", &gpu::Kernels::moe_combine_backward, p);
+  }
+  fill_pairs(p);
   select(kBackward).fn(p);
 }
 

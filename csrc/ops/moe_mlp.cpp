@@ -20,6 +20,8 @@ void moe_mlp(const MoeMlpParams& p) {
 
   GLMX_CHECK((p.gate_up_stored.table == nullptr) == (p.down_stored.table == nullptr),
              "moe_mlp: expected both gate_up_proj and down_proj to be stored, or none");
+  GLMX_CHECK(p.down_stored.table == nullptr || host_reads(p.device), "moe_mlp: stored weights run on the CPU: got x on ",
+             backend_name(p.device.backend));
 
   const int64_t R = p.T * p.K;
   ExpertPlanParams plan{};
@@ -30,6 +32,7 @@ void moe_mlp(const MoeMlpParams& p) {
   plan.T = p.T;
   plan.K = p.K;
   plan.E = p.E;
+  plan.device = p.device;
   expert_plan(plan);
 
   GroupedGemmParams up{};
@@ -46,6 +49,7 @@ void moe_mlp(const MoeMlpParams& p) {
   up.E = p.E;
   up.dtype = up.out_dtype = p.dtype;
   up.silu_mul = true;
+  up.device = p.device;
   grouped_gemm(up);
 
   GroupedGemmParams down{};
@@ -59,9 +63,10 @@ void moe_mlp(const MoeMlpParams& p) {
   down.K = p.I;
   down.E = p.E;
   down.dtype = down.out_dtype = p.dtype;
+  down.device = p.device;
   grouped_gemm(down);
 
-  moe_combine({p.rows, p.topk_weights, plan.inverse, p.out, p.T, p.K, R, p.H, p.dtype});
+  moe_combine({p.rows, p.topk_weights, plan.inverse, p.out, p.T, p.K, R, p.H, p.dtype, p.device});
 }
 
 }  // namespace glmx

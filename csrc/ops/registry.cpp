@@ -1,13 +1,44 @@
 // The table of ops, in the order of ops.h.
 #include "ops/registry.h"
 
+#include <cstring>
+
+#include "gpu/kernels.h"
+
 namespace glmx {
+namespace {
+// Of the GPUs first: a process that has loaded the CPU that plays GPU tests that one, and has no card.
+const gpu::Kernels* gpu_table() {
+  for (Backend backend : {Backend::cuda, Backend::hip, Backend::simt}) {
+    if (const gpu::Kernels* table = gpu::kernels(backend)) return table;
+  }
+  return nullptr;
+}
+
+bool has_kernel(const gpu::Kernels& table, const char* op) {
+#define GLMX_GPU_HAS(name, Params) \
+  if (std::strcmp(op, #name) == 0) return table.name != nullptr;
+  GLMX_GPU_KERNELS(GLMX_GPU_HAS)
+#undef GLMX_GPU_HAS
+  return false;
+}
+}  // namespace
 
 Isa chosen_isa(const OpInfo& info, Isa level) {
   for (Isa isa : info.kernels) {
     if (runs_under(isa, level)) return isa;
   }
   return Isa::base;
+}
+
+const char* gpu_kernel(const OpInfo& info) {
+  const gpu::Kernels* table = gpu_table();
+  if (table == nullptr) return "none";
+  const std::string op = info.op;
+  if (op == "moe_mlp") return table->expert_plan && table->grouped_gemm && table->moe_combine ? "composed" : "none";
+  if (!has_kernel(*table, info.op)) return "none";
+  if (op != "grouped_gemm" || table->device_count() == 0) return "gpu";
+  return table->grouped_gemm_path(0, info.variant == std::string("bf16") ? DType::bf16 : DType::f32);
 }
 
 const std::vector<OpInfo>& op_table() {

@@ -2,6 +2,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
+#include "gpu/kernels.h"
 #include "ops/registry.h"
 
 namespace glmx {
@@ -21,15 +22,17 @@ OpInfo rope_info() { return op_info("rope", "", kRopeRevision, kRotate); }
 void rope_cos_sin(const RopeCosSinParams& p) {
   GLMX_CHECK(p.half >= 1, "rope_cos_sin: expected rotary_dim >= 2: got ", 2 * p.half);
   GLMX_CHECK(p.theta >= 1.0 && p.theta <= 1e30, "rope_cos_sin: expected 1 <= theta <= 1e30: got ", p.theta);
-  for (int64_t t = 0; t < p.T; ++t) {
+  for (int64_t t = 0; host_reads(p.device) && t < p.T; ++t) {
     GLMX_CHECK(p.positions[t] >= 0 && p.positions[t] < kMaxPosition, "rope_cos_sin: expected 0 <= positions[", t, "] < 2^31: got ",
                p.positions[t]);
   }
+  if (on_gpu(p.device)) return gpu::launch("rope_cos_sin", &gpu::Kernels::rope_cos_sin, p);
   select(kCosSin).fn(p);
 }
 
 void rope(const RopeParams& p) {
   GLMX_CHECK(p.half >= 0 && 2 * p.half <= p.D, "rope: expected 2 * cos.shape[1] <= x.shape[2]: got ", 2 * p.half, ", x.shape[2] is ", p.D);
+  if (on_gpu(p.device)) return gpu::launch("rope", &gpu::Kernels::rope, p);
   select(kRotate).fn(p);
 }
 

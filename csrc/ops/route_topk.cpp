@@ -2,6 +2,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
+#include "gpu/kernels.h"
 #include "ops/registry.h"
 
 namespace glmx {
@@ -30,14 +31,16 @@ void route_topk(const RouteTopkParams& p) {
   GLMX_CHECK(p.K <= p.topk_group * (p.E / p.n_group), "route_topk: top_k: expected at most the ", p.topk_group * (p.E / p.n_group),
              " experts of topk_group groups: got ", p.K);
   GLMX_CHECK(p.T * p.K < INT32_MAX, "route_topk: expected T * top_k < 2^31 - 1 (counts are int32): got ", p.T, " * ", p.K);
+  if (on_gpu(p.device)) return gpu::launch("route_topk", &gpu::Kernels::route_topk, p);
   select(kForward).fn(p);
 }
 
 void route_topk_backward(const RouteTopkBackwardParams& p) {
   check_sizes(p.E, p.K);
-  for (int64_t i = 0; i < p.T * p.K; ++i) {
+  for (int64_t i = 0; host_reads(p.device) && i < p.T * p.K; ++i) {
     GLMX_CHECK(p.topk_ids[i] >= 0 && p.topk_ids[i] < p.E, "route_topk: topk_ids: expected 0 <= id < ", p.E, ": got ", p.topk_ids[i]);
   }
+  if (on_gpu(p.device)) return gpu::launch("route_topk_backward", &gpu::Kernels::route_topk_backward, p);
   select(kBackward).fn(p);
 }
 

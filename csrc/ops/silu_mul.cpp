@@ -2,6 +2,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
+#include "gpu/kernels.h"
 #include "ops/registry.h"
 
 namespace glmx {
@@ -18,9 +19,13 @@ OpInfo silu_mul_info() { return op_info("silu_mul", "", kSiluMulRevision, kForwa
 
 void silu_mul(const SiluMulParams& p) {
   GLMX_CHECK(p.I >= 1, "silu_mul: expected x.shape[-1] >= 2: got ", 2 * p.I);
+  if (on_gpu(p.device)) return gpu::launch("silu_mul", &gpu::Kernels::silu_mul, p);
   select(kForward).fn(p);
 }
 
-void silu_mul_backward(const SiluMulBackwardParams& p) { select(kBackward).fn(p); }
+void silu_mul_backward(const SiluMulBackwardParams& p) {
+  if (on_gpu(p.device)) return gpu::launch("silu_mul_backward", &gpu::Kernels::silu_mul_backward, p);
+  select(kBackward).fn(p);
+}
 
 }  // namespace glmx

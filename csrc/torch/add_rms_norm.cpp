@@ -6,7 +6,9 @@ namespace {
 
 void forward(Tensor y, Tensor residual_out, std::optional<Tensor> rstd, const Tensor& x, const Tensor& residual, const Tensor& weight,
              double eps) {
+  const Call call(x, "x");
   AddRmsNormParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.x = data(x, "x", p.dtype, {kAny, kAny});
   p.T = x.size(0);
@@ -26,4 +28,4 @@ void forward(Tensor y, Tensor residual_out, std::optional<Tensor> rstd, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
   m.def("add_rms_norm(Tensor(a!) y, Tensor(b!) residual_out, Tensor(c!)? rstd, Tensor x, Tensor residual, Tensor weight, float eps) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) { m.impl("add_rms_norm", TORCH_BOX(&glmx::bind::forward)); }
+GLMX_KERNELS(m) { m.impl("add_rms_norm", TORCH_BOX(&glmx::bind::forward)); }

@@ -1,5 +1,6 @@
 // Unpacking torch::stable tensors into Params: dtype, rank, layout and device are checked here, with the argument's name.
 #pragma once
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -35,10 +36,31 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// The data of a dense CPU tensor of this dtype; kAny in shape accepts any size.
+// "cpu", "cuda:0".
+std::string device_name(const Tensor& t);
+
+// Where a call runs: on the device of one of its inputs, `like`, which is current for the life of this object. Every tensor of the call
+// must be there (`data`). A CPU tensor runs the GPU's kernels where simt is loaded.
+class Call {
+ public:
+  Call(const Tensor& like, const char* name);
+  ~Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+  const Device& device() const { return device_; }
+  // That `t` is where the call of this thread runs; without one, on the CPU.
+  static void check_device(const Tensor& t, const char* name);
+
+ private:
+  Device device_;
+  const char* name_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+// The data of a dense tensor of this dtype, on the device of the call; kAny in shape accepts any size.
 inline constexpr int64_t kAny = -1;
 inline void* data(const Tensor& t, const char* name, DType dtype, std::initializer_list<int64_t> shape) {
-  GLMX_CHECK(t.is_cpu(), name, ": expected a CPU tensor: this build has no kernel for its device");
+  Call::check_device(t, name);
   const DType got = dtype_of(t, name);
   GLMX_CHECK(got == dtype, name, ": expected dtype ", dtype_name(dtype), ": got ", dtype_name(got));
   GLMX_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor: got strides of a view, shape ", shape_of(t));
@@ -51,10 +73,10 @@ inline void* data(const Tensor& t, const char* name, DType dtype, std::initializ
   return t.data_ptr();
 }
 
-// The data of a CPU tensor of this dtype and rank whose last dimension is dense; the others may have any stride. The caller reads size(i)
-// and stride(i).
+// The data of a tensor of this dtype and rank, on the device of the call, whose last dimension is dense; the others may have any stride.
+// The caller reads size(i) and stride(i).
 inline void* view_data(const Tensor& t, const char* name, DType dtype, int64_t dim) {
-  GLMX_CHECK(t.is_cpu(), name, ": expected a CPU tensor: this build has no kernel for its device");
+  Call::check_device(t, name);
   const DType got = dtype_of(t, name);
   GLMX_CHECK(got == dtype, name, ": expected dtype ", dtype_name(dtype), ": got ", dtype_name(got));
   GLMX_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions: got shape ", shape_of(t));
@@ -105,7 +127,14 @@ inline StoredWeights stored_weights(const Tensor& table, const char* name, int64
   return {addresses, static_cast<StoredFormat>(format), static_cast<DType>(scale_dtype)};
 }
 
-// A scratch buffer for one call.
+// A scratch buffer for one call, on the device of `like`.
 Tensor workspace(const Tensor& like, DType dtype, int64_t elements);
 
 }  // namespace glmx::bind
+
+// GLMX_KERNELS(m) { m.impl(...); }: the functions that serve CPU and GPU tensors alike. torch says CUDA of AMD's cards too.
+#define GLMX_KERNELS(m)                                                   \
+  static void glmx_kernels(torch::stable::detail::StableLibrary&);        \
+  STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, on_cpu) { glmx_kernels(on_cpu); }  \
+  STABLE_TORCH_LIBRARY_IMPL(glmx, CUDA, on_gpu) { glmx_kernels(on_gpu); } \
+  static void glmx_kernels(torch::stable::detail::StableLibrary& m)

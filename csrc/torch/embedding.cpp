@@ -5,7 +5,9 @@ namespace glmx::bind {
 namespace {
 
 void forward(Tensor y, const Tensor& ids, const Tensor& weight) {
+  const Call call(weight, "weight");
   EmbeddingParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(weight, "weight");
   p.weight = data(weight, "weight", p.dtype, {kAny, kAny});
   p.V = weight.size(0);
@@ -17,7 +19,9 @@ void forward(Tensor y, const Tensor& ids, const Tensor& weight) {
 }
 
 void backward(Tensor d_weight, const Tensor& ids, const Tensor& dy, bool accumulate) {
+  const Call call(dy, "dy");
   EmbeddingBackwardParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(dy, "dy");
   p.ids = data_as<int64_t>(ids, "ids", DType::i64, {kAny});
   p.T = ids.size(0);
@@ -39,7 +43,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
   m.def("embedding(Tensor(a!) y, Tensor ids, Tensor weight) -> ()");
   m.def("embedding_backward(Tensor(a!) d_weight, Tensor ids, Tensor dy, bool accumulate) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
+GLMX_KERNELS(m) {
   m.impl("embedding", TORCH_BOX(&glmx::bind::forward));
   m.impl("embedding_backward", TORCH_BOX(&glmx::bind::backward));
 }

@@ -5,7 +5,9 @@ namespace glmx::bind {
 namespace {
 
 void plan(Tensor expert_offsets, Tensor row_token, Tensor inverse, const Tensor& topk_ids, int64_t num_experts) {
+  const Call call(topk_ids, "topk_ids");
   ExpertPlanParams p{};
+  p.device = call.device();
   p.topk_ids = data_as<int32_t>(topk_ids, "topk_ids", DType::i32, {kAny, kAny});
   p.T = topk_ids.size(0);
   p.K = topk_ids.size(1);
@@ -22,4 +24,4 @@ void plan(Tensor expert_offsets, Tensor row_token, Tensor inverse, const Tensor&
 STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
   m.def("expert_plan(Tensor(a!) expert_offsets, Tensor(b!) row_token, Tensor(c!) inverse, Tensor topk_ids, int num_experts) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) { m.impl("expert_plan", TORCH_BOX(&glmx::bind::plan)); }
+GLMX_KERNELS(m) { m.impl("expert_plan", TORCH_BOX(&glmx::bind::plan)); }

@@ -1,13 +1,14 @@
-// torch.ops.glmx.grouped_gemm, grouped_gemm_stored, grouped_gemm_dgrad
+// torch.ops.glmx.grouped_gemm, grouped_gemm_stored
 #include "torch/bind.h"
 
 namespace glmx::bind {
 namespace {
 
 // Everything but the weights and the bias; N is the weights'.
-GroupedGemmParams params(const Tensor& out, const Tensor& x, const std::optional<Tensor>& expert_offsets,
+GroupedGemmParams params(const Call& call, const Tensor& out, const Tensor& x, const std::optional<Tensor>& expert_offsets,
                          const std::optional<Tensor>& row_token, int64_t E, int64_t N, bool silu_mul) {
   GroupedGemmParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.out_dtype = model_dtype(out, "out");
   p.silu_mul = silu_mul;
@@ -29,7 +30,8 @@ void forward(Tensor out, std::optional<Tensor> preact, const Tensor& x, const Te
              std::optional<Tensor> row_token, std::optional<Tensor> bias, bool silu_mul) {
   const bool grouped = expert_offsets.has_value();
   GLMX_CHECK(w.dim() == (grouped ? 3 : 2), "w: expected ", grouped ? 3 : 2, " dimensions: got shape ", shape_of(w));
-  GroupedGemmParams p = params(out, x, expert_offsets, row_token, grouped ? w.size(0) : 1, w.size(grouped ? 1 : 0), silu_mul);
+  const Call call(x, "x");
+  GroupedGemmParams p = params(call, out, x, expert_offsets, row_token, grouped ? w.size(0) : 1, w.size(grouped ? 1 : 0), silu_mul);
   p.w = grouped ? data(w, "w", p.dtype, {p.E, p.N, p.K}) : data(w, "w", p.dtype, {p.N, p.K});
   p.bias = grouped ? data_or_null<void>(bias, "bias", p.dtype, {p.E, p.N}) : data_or_null<void>(bias, "bias", p.dtype, {p.N});
   p.preact = data_or_null<void>(preact, "preact", p.dtype, {p.R, p.N});
@@ -40,25 +42,11 @@ void forward(Tensor out, std::optional<Tensor> preact, const Tensor& x, const Te
 void forward_stored(Tensor out, const Tensor& x, const Tensor& table, int64_t format, int64_t scale_dtype, int64_t N,
                     std::optional<Tensor> expert_offsets, std::optional<Tensor> row_token, std::optional<Tensor> bias, bool silu_mul) {
   const int64_t E = expert_offsets.has_value() ? expert_offsets->numel() - 1 : 1;
-  GroupedGemmParams p = params(out, x, expert_offsets, row_token, E, N, silu_mul);
+  const Call call(x, "x");
+  GroupedGemmParams p = params(call, out, x, expert_offsets, row_token, E, N, silu_mul);
   p.stored = stored_weights(table, "w", format, scale_dtype, E, silu_mul ? 2 : 1);
   p.bias = data_or_null<void>(bias, "bias", p.dtype, {E, N});
   run(grouped_gemm, p);
-}
-
-void dgrad(Tensor dx, const Tensor& dy, const Tensor& w, const Tensor& expert_offsets) {
-  GroupedGemmDgradParams p{};
-  p.dtype = model_dtype(dy, "dy");
-  p.out_dtype = model_dtype(dx, "dx");
-  p.dy = data(dy, "dy", p.dtype, {kAny, kAny});
-  p.R = dy.size(0);
-  p.N = dy.size(1);
-  p.w = data(w, "w", p.dtype, {kAny, p.N, kAny});
-  p.E = w.size(0);
-  p.K = w.size(2);
-  p.expert_offsets = data_as<int32_t>(expert_offsets, "expert_offsets", DType::i32, {p.E + 1});
-  p.dx = data(dx, "dx", p.out_dtype, {p.R, p.K});
-  grouped_gemm_dgrad(p);
 }
 
 }  // namespace
@@ -71,10 +59,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
   m.def(
       "grouped_gemm_stored(Tensor(a!) out, Tensor x, Tensor table, int format, int scale_dtype, int N, Tensor? expert_offsets, "
       "Tensor? row_token, Tensor? bias, bool silu_mul) -> ()");
-  m.def("grouped_gemm_dgrad(Tensor(a!) dx, Tensor dy, Tensor w, Tensor expert_offsets) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
-  m.impl("grouped_gemm", TORCH_BOX(&glmx::bind::forward));
-  m.impl("grouped_gemm_stored", TORCH_BOX(&glmx::bind::forward_stored));
-  m.impl("grouped_gemm_dgrad", TORCH_BOX(&glmx::bind::dgrad));
-}
+GLMX_KERNELS(m) { m.impl("grouped_gemm", TORCH_BOX(&glmx::bind::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) { m.impl("grouped_gemm_stored", TORCH_BOX(&glmx::bind::forward_stored)); }

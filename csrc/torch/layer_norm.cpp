@@ -6,7 +6,9 @@ namespace {
 
 void forward(Tensor y, std::optional<Tensor> mean, std::optional<Tensor> rstd, const Tensor& x, const Tensor& weight, const Tensor& bias,
              double eps) {
+  const Call call(x, "x");
   LayerNormParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.x = data(x, "x", p.dtype, {kAny, kAny});
   p.T = x.size(0);
@@ -22,7 +24,9 @@ void forward(Tensor y, std::optional<Tensor> mean, std::optional<Tensor> rstd, c
 
 void backward(Tensor dx, Tensor d_weight, Tensor d_bias, const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,
               const Tensor& rstd, bool accumulate_weight, bool accumulate_bias) {
+  const Call call(x, "x");
   LayerNormBackwardParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.x = data(x, "x", p.dtype, {kAny, kAny});
   p.T = x.size(0);
@@ -50,7 +54,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
       "layer_norm_backward(Tensor(a!) dx, Tensor(b!) d_weight, Tensor(c!) d_bias, Tensor dy, Tensor x, Tensor weight, Tensor mean, "
       "Tensor rstd, bool accumulate_weight, bool accumulate_bias) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
+GLMX_KERNELS(m) {
   m.impl("layer_norm", TORCH_BOX(&glmx::bind::forward));
   m.impl("layer_norm_backward", TORCH_BOX(&glmx::bind::backward));
 }

@@ -6,7 +6,9 @@ namespace {
 
 void forward(Tensor logprob, Tensor lse, Tensor top_ids, Tensor top_logprobs, const Tensor& hidden, const Tensor& weight, const Tensor& ids,
              double temperature) {
+  const Call call(hidden, "hidden");
   LmHeadLogprobParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(hidden, "hidden");
   p.hidden = data(hidden, "hidden", p.dtype, {kAny, kAny});
   p.T = hidden.size(0);
@@ -27,7 +29,9 @@ void forward(Tensor logprob, Tensor lse, Tensor top_ids, Tensor top_logprobs, co
 
 void backward(std::optional<Tensor> d_hidden, std::optional<Tensor> d_weight, const Tensor& d_logprob, std::optional<Tensor> d_lse,
               const Tensor& hidden, const Tensor& weight, const Tensor& ids, const Tensor& lse, double temperature, bool accumulate) {
+  const Call call(hidden, "hidden");
   LmHeadLogprobBackwardParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(hidden, "hidden");
   p.hidden = data(hidden, "hidden", p.dtype, {kAny, kAny});
   p.T = hidden.size(0);
@@ -58,7 +62,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
       "lm_head_logprob_backward(Tensor(a!)? d_hidden, Tensor(b!)? d_weight, Tensor d_logprob, Tensor? d_lse, Tensor hidden, Tensor weight, "
       "Tensor ids, Tensor lse, float temperature, bool accumulate) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
+GLMX_KERNELS(m) {
   m.impl("lm_head_logprob", TORCH_BOX(&glmx::bind::forward));
   m.impl("lm_head_logprob_backward", TORCH_BOX(&glmx::bind::backward));
 }

@@ -5,7 +5,9 @@ namespace glmx::bind {
 namespace {
 
 void forward(Tensor out, const Tensor& rows, std::optional<Tensor> topk_weights, const Tensor& inverse) {
+  const Call call(rows, "rows");
   MoeCombineParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(rows, "rows");
   p.rows = data(rows, "rows", p.dtype, {kAny, kAny});
   p.R = rows.size(0);
@@ -20,7 +22,9 @@ void forward(Tensor out, const Tensor& rows, std::optional<Tensor> topk_weights,
 
 void backward(Tensor d_rows, std::optional<Tensor> d_topk_weights, const Tensor& d_out, const Tensor& rows,
               std::optional<Tensor> topk_weights, const Tensor& inverse) {
+  const Call call(rows, "rows");
   MoeCombineBackwardParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(rows, "rows");
   p.rows = data(rows, "rows", p.dtype, {kAny, kAny});
   p.R = rows.size(0);
@@ -47,7 +51,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
       "inverse) "
       "-> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
+GLMX_KERNELS(m) {
   m.impl("moe_combine", TORCH_BOX(&glmx::bind::forward));
   m.impl("moe_combine_backward", TORCH_BOX(&glmx::bind::backward));
 }

@@ -5,9 +5,10 @@ namespace glmx::bind {
 namespace {
 
 // Everything but the weights. The workspaces are arguments, so that a recorder knows where they lie and lends them to layer after layer.
-MoeMlpParams params(const Tensor& out, const Tensor& plan, const Tensor& h, const Tensor& rows, const Tensor& x, const Tensor& topk_weights,
-                    const Tensor& topk_ids, int64_t E) {
+MoeMlpParams params(const Call& call, const Tensor& out, const Tensor& plan, const Tensor& h, const Tensor& rows, const Tensor& x,
+                    const Tensor& topk_weights, const Tensor& topk_ids, int64_t E) {
   MoeMlpParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.x = data(x, "x", p.dtype, {kAny, kAny});
   p.T = x.size(0);
@@ -26,7 +27,8 @@ MoeMlpParams params(const Tensor& out, const Tensor& plan, const Tensor& h, cons
 
 void forward(Tensor out, Tensor plan, Tensor h, Tensor rows, const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
              const Tensor& gate_up_proj, const Tensor& down_proj) {
-  MoeMlpParams p = params(out, plan, h, rows, x, topk_weights, topk_ids, down_proj.size(0));
+  const Call call(x, "x");
+  MoeMlpParams p = params(call, out, plan, h, rows, x, topk_weights, topk_ids, down_proj.size(0));
   p.down_proj = data(down_proj, "down_proj", p.dtype, {p.E, p.H, p.I});
   p.gate_up_proj = data(gate_up_proj, "gate_up_proj", p.dtype, {p.E, 2 * p.I, p.H});
   run(moe_mlp, p);
@@ -34,7 +36,8 @@ void forward(Tensor out, Tensor plan, Tensor h, Tensor rows, const Tensor& x, co
 
 void forward_stored(Tensor out, Tensor plan, Tensor h, Tensor rows, const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
                     const Tensor& gate_up_table, const Tensor& down_table, int64_t format, int64_t scale_dtype) {
-  MoeMlpParams p = params(out, plan, h, rows, x, topk_weights, topk_ids, down_table.numel() / 2);
+  const Call call(x, "x");
+  MoeMlpParams p = params(call, out, plan, h, rows, x, topk_weights, topk_ids, down_table.numel() / 2);
   p.gate_up_stored = stored_weights(gate_up_table, "gate_up_proj", format, scale_dtype, p.E, 2);
   p.down_stored = stored_weights(down_table, "down_proj", format, scale_dtype, p.E, 1);
   run(moe_mlp, p);
@@ -51,7 +54,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
       "moe_mlp_stored(Tensor(a!) out, Tensor(b!) plan, Tensor(c!) h, Tensor(d!) rows, Tensor x, Tensor topk_weights, Tensor topk_ids, "
       "Tensor gate_up_table, Tensor down_table, int format, int scale_dtype) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
-  m.impl("moe_mlp", TORCH_BOX(&glmx::bind::forward));
-  m.impl("moe_mlp_stored", TORCH_BOX(&glmx::bind::forward_stored));
-}
+GLMX_KERNELS(m) { m.impl("moe_mlp", TORCH_BOX(&glmx::bind::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) { m.impl("moe_mlp_stored", TORCH_BOX(&glmx::bind::forward_stored)); }

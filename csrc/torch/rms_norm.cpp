@@ -5,7 +5,9 @@ namespace glmx::bind {
 namespace {
 
 void forward(Tensor y, std::optional<Tensor> rstd, const Tensor& x, const Tensor& weight, double eps) {
+  const Call call(x, "x");
   RmsNormParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.x = data(x, "x", p.dtype, {kAny, kAny});
   p.T = x.size(0);
@@ -18,7 +20,9 @@ void forward(Tensor y, std::optional<Tensor> rstd, const Tensor& x, const Tensor
 }
 
 void backward(Tensor dx, Tensor d_weight, const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, bool accumulate) {
+  const Call call(x, "x");
   RmsNormBackwardParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.x = data(x, "x", p.dtype, {kAny, kAny});
   p.T = x.size(0);
@@ -41,7 +45,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
   m.def("rms_norm(Tensor(a!) y, Tensor(b!)? rstd, Tensor x, Tensor weight, float eps) -> ()");
   m.def("rms_norm_backward(Tensor(a!) dx, Tensor(b!) d_weight, Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool accumulate) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
+GLMX_KERNELS(m) {
   m.impl("rms_norm", TORCH_BOX(&glmx::bind::forward));
   m.impl("rms_norm_backward", TORCH_BOX(&glmx::bind::backward));
 }

@@ -5,7 +5,9 @@ namespace glmx::bind {
 namespace {
 
 void cos_sin(Tensor cos, Tensor sin, const Tensor& positions, double theta) {
+  const Call call(positions, "positions");
   RopeCosSinParams p{};
+  p.device = call.device();
   p.positions = data_as<int64_t>(positions, "positions", DType::i64, {kAny});
   p.T = positions.size(0);
   p.cos = data_as<float>(cos, "cos", DType::f32, {p.T, kAny});
@@ -16,7 +18,9 @@ void cos_sin(Tensor cos, Tensor sin, const Tensor& positions, double theta) {
 }
 
 void rotate(Tensor y, const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
+  const Call call(x, "x");
   RopeParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.x = data(x, "x", p.dtype, {kAny, kAny, kAny});
   p.T = x.size(0);
@@ -38,7 +42,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
   m.def("rope_cos_sin(Tensor(a!) cos, Tensor(b!) sin, Tensor positions, float theta) -> ()");
   m.def("rope(Tensor(a!) y, Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
+GLMX_KERNELS(m) {
   m.impl("rope_cos_sin", TORCH_BOX(&glmx::bind::cos_sin));
   m.impl("rope", TORCH_BOX(&glmx::bind::rotate));
 }

@@ -6,7 +6,9 @@ namespace {
 
 void forward(Tensor topk_weights, Tensor topk_ids, Tensor expert_counts, std::optional<Tensor> scores, const Tensor& logits,
              const Tensor& bias, int64_t n_group, int64_t topk_group, bool norm_topk_prob, double routed_scaling_factor) {
+  const Call call(logits, "logits");
   RouteTopkParams p{};
+  p.device = call.device();
   p.logits = data_as<float>(logits, "logits", DType::f32, {kAny, kAny});
   p.T = logits.size(0);
   p.E = logits.size(1);
@@ -25,7 +27,9 @@ void forward(Tensor topk_weights, Tensor topk_ids, Tensor expert_counts, std::op
 
 void backward(Tensor d_logits, std::optional<Tensor> d_topk_weights, std::optional<Tensor> d_scores, const Tensor& logits,
               const Tensor& topk_ids, bool norm_topk_prob, double routed_scaling_factor) {
+  const Call call(logits, "logits");
   RouteTopkBackwardParams p{};
+  p.device = call.device();
   p.logits = data_as<float>(logits, "logits", DType::f32, {kAny, kAny});
   p.T = logits.size(0);
   p.E = logits.size(1);
@@ -50,7 +54,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
       "route_topk_backward(Tensor(a!) d_logits, Tensor? d_topk_weights, Tensor? d_scores, Tensor logits, Tensor topk_ids, "
       "bool norm_topk_prob, float routed_scaling_factor) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
+GLMX_KERNELS(m) {
   m.impl("route_topk", TORCH_BOX(&glmx::bind::forward));
   m.impl("route_topk_backward", TORCH_BOX(&glmx::bind::backward));
 }

@@ -5,7 +5,9 @@ namespace glmx::bind {
 namespace {
 
 void forward(Tensor y, const Tensor& x) {
+  const Call call(x, "x");
   SiluMulParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.x = data(x, "x", p.dtype, {kAny, kAny});
   p.T = x.size(0);
@@ -16,7 +18,9 @@ void forward(Tensor y, const Tensor& x) {
 }
 
 void backward(Tensor dx, const Tensor& dy, const Tensor& x) {
+  const Call call(x, "x");
   SiluMulBackwardParams p{};
+  p.device = call.device();
   p.dtype = model_dtype(x, "x");
   p.dy = data(dy, "dy", p.dtype, {kAny, kAny});
   p.T = dy.size(0);
@@ -33,7 +37,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glmx, m) {
   m.def("silu_mul(Tensor(a!) y, Tensor x) -> ()");
   m.def("silu_mul_backward(Tensor(a!) dx, Tensor dy, Tensor x) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(glmx, CPU, m) {
+GLMX_KERNELS(m) {
   m.impl("silu_mul", TORCH_BOX(&glmx::bind::forward));
   m.impl("silu_mul_backward", TORCH_BOX(&glmx::bind::backward));
 }

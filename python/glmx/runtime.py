@@ -2,16 +2,24 @@
 
 | variable | values | meaning |
 |---|---|---|
-| GLMX_BACKEND | auto (default), cpu | whose kernels serve the ops; cuda, hip and simt are refused: not in this build |
+| GLMX_BACKEND | auto (default), cpu, cuda, hip, simt | whose kernels serve the ops, see below |
 | GLMX_ISA | base, avx2, avx512, avx512_bf16, amx | lowers the CPU's instruction set (default: the machine's best) |
 | GLMX_LOG | kernels | names the kernel of each op on standard error, when it is first called |
 | GLMX_STRICT | 0 (default), 1 | in the tests, what would be skipped for want of a tool fails |
+
+auto: tensors on a GPU run its kernels where this build has them, tensors on the CPU the CPU's. cpu: every tensor runs
+the CPU's kernels; what lies on a GPU is copied there and back. cuda, hip: as auto, and a build or machine without it is
+an error. simt, for tests: tensors on the CPU run the GPU's kernels, on a CPU that plays GPU (build/simt); simt:reverse
+and simt:random:SEED let its threads take turns in another order.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import pathlib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +29,10 @@ from typing import Any
 from glmx.errors import ConfigError, MissingLibraryError, UnsupportedError
 
 VARIABLES = ("GLMX_BACKEND", "GLMX_ISA", "GLMX_LOG", "GLMX_STRICT")
+BACKENDS = ("auto", "cpu", "cuda", "hip", "simt")
 DTYPES = ("bf16", "fp32")
+_SIMT = pathlib.Path(__file__).resolve().parents[2] / "build" / "simt" / "libglmx_simt.so"
+_SIMT_ORDER = re.compile(r"simt(:forward|:reverse|:random(:\d+)?)?")
 
 
 @dataclass(frozen=True)
@@ -42,17 +53,15 @@ class Settings:
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Reads and checks the variables. GLMX_ISA is checked by the core, which knows the machine.
+    """Reads and checks the variables. Which ISA and which backend there are, the core knows (`native`).
 
     Raises:
         ConfigError: a value that no glmx knows.
-        UnsupportedError: a backend that this build does not have.
     """
     backend, isa, log, strict = (environ.get(name) or None for name in VARIABLES)
-    if backend in ("cuda", "hip", "simt"):
-        raise UnsupportedError(f"GLMX_BACKEND={backend}: this build has no {backend} backend; it has cpu")
+    order = backend is not None and _SIMT_ORDER.fullmatch(backend)
     for name, value, allowed in (
-        ("GLMX_BACKEND", backend, ("auto", "cpu", "cuda", "hip", "simt")),
+        ("GLMX_BACKEND", "simt" if order else backend, BACKENDS),
         ("GLMX_LOG", log, ("kernels",)),
         ("GLMX_STRICT", strict, ("0", "1")),
     ):
@@ -64,19 +73,51 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 settings = read_settings(os.environ)
 
 
+@functools.cache
 def native() -> ModuleType:
-    """glmx._native, or MissingLibraryError with what to do; a wrong GLMX_ISA is an error here, before any op runs."""
+    """glmx._native, or MissingLibraryError with what to do.
+
+    An ISA or a backend that is asked for and missing is an error here, before any op runs.
+    """
     try:
         from glmx import _native
     except ImportError as error:
         raise MissingLibraryError("_native", error) from None
     _native.active_isa()
+    check_backend(settings.backend, _native)
     return _native
 
 
+def check_backend(wanted: str | None, core: ModuleType) -> None:
+    """Loads simt where GLMX_BACKEND asks for it.
+
+    Raises:
+        UnsupportedError: this build or machine has not what GLMX_BACKEND asks for.
+    """
+    if wanted in (None, "auto", "cpu"):
+        return
+    if wanted.startswith("simt"):
+        if not _SIMT.exists():
+            raise UnsupportedError(f"GLMX_BACKEND={wanted}: {_SIMT} is not built: python tests/run.py simt")
+        core.load_simt(str(_SIMT))
+    elif wanted not in core.backends():
+        raise UnsupportedError(f"GLMX_BACKEND={wanted}: this build has no {wanted} backend")
+    elif not core.gpu_devices():
+        raise UnsupportedError(f"GLMX_BACKEND={wanted}: this build has it, but finds no GPU (or no driver of one) here")
+
+
+def gpu_backend() -> str | None:
+    """The backend whose kernels serve tensors on a GPU; None: they are copied to the CPU and back."""
+    built = [name for name in native().backends() if name in ("cuda", "hip")]
+    return built[0] if built and settings.backend != "cpu" else None
+
+
 def backend() -> str:
-    """The backend in force."""
-    return "cpu"
+    """The backend in force: simt if it is loaded, else the GPU's if there is a card, else cpu."""
+    if "simt" in native().backends():
+        return "simt"
+    gpu = gpu_backend()
+    return gpu if gpu is not None and native().gpu_devices() else "cpu"
 
 
 def numerics_id(dtype: str | None = None) -> str:
@@ -102,10 +143,18 @@ def kernel_of(op: str, variant: str) -> dict[str, Any] | None:
 _logged: set[str] = set()
 
 
-def log_kernel(op: str, variant: str) -> None:
-    """GLMX_LOG=kernels: one line on standard error for each op and variant."""
+def log_kernel(op: str, variant: str, where: str) -> None:
+    """GLMX_LOG=kernels: one line on standard error for each op and variant.
+
+    `where` is a backend, or "copies": the CPU's kernel on copies of tensors that are on a GPU.
+    """
     row = kernel_of(op, variant)
-    kernel = "unknown" if row is None else f"{backend()}/{row['kernel']}"
+    if row is None:
+        kernel = "unknown"
+    elif where in ("cpu", "copies"):
+        kernel = f"cpu/{row['kernel']}" + (" (copies)" if where == "copies" else "")
+    else:
+        kernel = f"{where}/{row['gpu']}"
     log_once(f"{op} {row['variant'] if row else variant}".rstrip() + f" -> {kernel}")
 
 
@@ -126,9 +175,11 @@ def describe() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "devices": [
-            {"device": "cpu", "name": core.cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+            {"device": "cpu", "name": core.cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+            *core.gpu_devices(),
         ],
         "backend": backend(),
+        "backends": core.backends(),
         "isa": {"active": core.active_isa(), "machine": core.machine_isa(), "supported": core.supported_isas()},
         "environment": settings.as_environment(),
         "kernels": core.kernel_table(),

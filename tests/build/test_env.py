@@ -62,13 +62,57 @@ def test_numerics_id_follows_the_revisions(monkeypatch):
         runtime.numerics_id("fp16")
 
 
-@pytest.mark.parametrize("backend", ["cuda", "hip", "simt"])
-def test_a_backend_that_is_not_built_is_refused_by_name(backend):
-    with pytest.raises(UnsupportedError, match=f"GLMX_BACKEND={backend}"):
-        runtime.read_settings({"GLMX_BACKEND": backend})
+class Core:
+    """glmx._native of a build that has `built` and sees `cards`."""
+
+    def __init__(self, built=(), cards=()):
+        self.backends, self.gpu_devices = (lambda: ["cpu", *built]), (lambda: list(cards))
+        self.loaded = []
+        self.load_simt = self.loaded.append
 
 
-@pytest.mark.parametrize("name, value", [("GLMX_BACKEND", "tpu"), ("GLMX_LOG", "all"), ("GLMX_STRICT", "yes")])
+def test_a_backend_that_is_not_here_is_refused_by_name_and_reason(monkeypatch, tmp_path):
+    card = {"device": "cuda:0", "name": "NVIDIA H200", "architecture": 90}
+    with pytest.raises(UnsupportedError, match="^GLMX_BACKEND=hip: this build has no hip backend$"):
+        runtime.check_backend("hip", Core(["cuda"], [card]))
+    with pytest.raises(UnsupportedError, match="^GLMX_BACKEND=cuda: this build has it, but finds no GPU"):
+        runtime.check_backend("cuda", Core(["cuda"]))
+    runtime.check_backend("cuda", Core(["cuda"], [card]))
+    for wanted in (None, "auto", "cpu"):
+        runtime.check_backend(wanted, Core())
+    monkeypatch.setattr(runtime, "_SIMT", tmp_path / "libglmx_simt.so")
+    core = Core()
+    with pytest.raises(UnsupportedError, match="^GLMX_BACKEND=simt:reverse: .*libglmx_simt.so is not built"):
+        runtime.check_backend("simt:reverse", core)
+    runtime._SIMT.touch()
+    runtime.check_backend("simt:reverse", core)
+    assert core.loaded == [str(runtime._SIMT)]
+
+
+@pytest.mark.parametrize("value", ["simt", "simt:forward", "simt:reverse", "simt:random", "simt:random:7"])
+def test_simt_names_an_order_of_threads(value):
+    assert runtime.read_settings({"GLMX_BACKEND": value}).backend == value
+
+
+@pytest.mark.parametrize(
+    "wanted, built, cards, gpu, force",
+    [
+        (None, ["cuda"], [1], "cuda", "cuda"),
+        (None, ["cuda"], [], "cuda", "cpu"),
+        ("cpu", ["cuda"], [1], None, "cpu"),
+        (None, [], [], None, "cpu"),
+        ("simt", ["cuda", "simt"], [], "cuda", "simt"),
+    ],
+)
+def test_the_backend_in_force(monkeypatch, wanted, built, cards, gpu, force):
+    monkeypatch.setattr(runtime, "native", lambda: Core(built, cards))
+    monkeypatch.setattr(runtime, "settings", runtime.read_settings({"GLMX_BACKEND": wanted or ""}))
+    assert runtime.gpu_backend() == gpu and runtime.backend() == force
+
+
+@pytest.mark.parametrize(
+    "name, value", [("GLMX_BACKEND", "tpu"), ("GLMX_BACKEND", "simt:up"), ("GLMX_LOG", "all"), ("GLMX_STRICT", "yes")]
+)
 def test_unknown_values_are_refused_with_the_known_ones(name, value):
     with pytest.raises(ConfigError, match=f"{name}={value}: expected one of "):
         runtime.read_settings({name: value})
@@ -79,7 +123,7 @@ def test_empty_is_unset():
 
 
 def test_the_command_prints_one_line_and_exits_2():
-    assert "GLMX_BACKEND=cuda" in failure(GLMX_BACKEND="cuda")
+    assert "GLMX_BACKEND=hip" in failure(GLMX_BACKEND="hip")
     assert "GLMX_ISA=sse9" in failure(GLMX_ISA="sse9")
 
 

@@ -47,6 +47,20 @@ EXPECTED = {
     "sum_squares": VECTOR,
     "adamw": VECTOR,
 }
+# The ops of csrc/gpu/kernels.h: the others run on the CPU alone.
+ON_GPU = {
+    "route_topk",
+    "expert_plan",
+    "grouped_gemm",
+    "moe_combine",
+    "rms_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "silu_mul",
+    "rope",
+    "embedding",
+    "lm_head_logprob",
+}
 
 
 @pytest.mark.parametrize("level", ISAS)
@@ -56,6 +70,20 @@ def test_table_of_a_level(level):
 
     got = {f"{row['op']} {row['variant']}".strip(): row["kernel"] for row in _native.kernel_table(level)}
     assert got == {name: kernels[ISAS.index(level)] for name, kernels in EXPECTED.items()}
+
+
+def test_column_of_the_gpu():
+    """Which kernel serves a GPU, where this build has a backend for one; without a card the portable one is named."""
+    from glmx import _native
+
+    got = {f"{row['op']} {row['variant']}".strip(): row["gpu"] for row in _native.kernel_table()}
+    if _native.backends() == ["cpu"]:
+        assert set(got.values()) == {"none"}
+        return
+    hopper = any(card["architecture"] == 90 for card in _native.gpu_devices()[:1])
+    own = {"grouped_gemm bf16": "sm90"} if hopper else {}
+    expected = {name: "gpu" if name.split()[0] in ON_GPU else "none" for name in EXPECTED}
+    assert got == {**expected, "moe_mlp bf16": "composed", "moe_mlp fp32": "composed", **own}
 
 
 def test_every_op_is_listed():

@@ -30,7 +30,7 @@ def _print(facts: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     build, isa = facts["glmx"], facts["isa"]
-    gpu = ", ".join(name for name in ("cuda", "hip") if build[name]) or "no GPU backend"
+    gpu = ", ".join(f"{name} {build[name]}" for name in ("cuda", "hip") if build[name]) or "no GPU backend"
     lines = {
         "glmx": f"{build['version']} ({build['compiler']}, {build['build_type']}, {gpu})",
         "python": facts["python"],
@@ -40,7 +40,10 @@ def _print(facts: dict[str, Any]) -> None:
         "numerics_id": f"{facts['numerics_id']} (then -{' or -'.join(facts['dtypes'])}, the dtype of the model)",
     }
     for device in facts["devices"]:
-        lines[device["device"]] = f"{device['name']}, {device['cores']} cores, {device['threads']} threads in use"
+        if device["device"] == "cpu":
+            lines["cpu"] = f"{device['name']}, {device['cores']} cores, {device['threads']} threads in use"
+        else:
+            lines[device["device"]] = f"{device['name']}, architecture {device['architecture']}"
     for name, value in facts["environment"].items():
         lines[name] = "(not set)" if value is None else value
     width = max(map(len, lines)) + 2
@@ -48,8 +51,9 @@ def _print(facts: dict[str, Any]) -> None:
         console.print(Text(f"{name:<{width}}{value}"), soft_wrap=True)
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("op", "variant", "kernel", "revision"):
+    for column in ("op", "variant", "kernel", "on a GPU", "revision"):
         table.add_column(column, justify="right" if column == "revision" else "left")
     for row in facts["kernels"]:
-        table.add_row(row["op"], row["variant"], row["kernel"], str(row["revision"]))
+        gpu = "cpu (copies)" if row["gpu"] == "none" else row["gpu"]
+        table.add_row(row["op"], row["variant"], row["kernel"], gpu, str(row["revision"]))
     console.print(table)

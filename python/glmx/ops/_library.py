@@ -48,7 +48,7 @@ def _logged(name: str, call: Callable[..., None]) -> Callable[..., None]:
         variant = "bf16" if bf16 else "fp32"
         if variant not in seen:
             seen.add(variant)
-            runtime.log_kernel(name, variant)
+            runtime.log_kernel(name, variant, "cpu")
         call(*args)
 
     return logged
