@@ -6,7 +6,7 @@
 #
 # All of it lives in .venv and build/: no root, and a second run installs and compiles nothing that has not changed.
 # Variables: TORCH (what pip installs as torch), ARGS (passed on to glmx demo, or to the benchmarks), GLMX_PYTHON, CXX, MAX_JOBS,
-# GLMX_STRICT=1 (a missing toolchain is a failure instead of a skip).
+# GLMX_CUDA (AUTO, ON, OFF: the CUDA backend), GLMX_STRICT=1 (a missing toolchain is a failure instead of a skip).
 TORCH ?= torch==2.13.0
 ARGS ?=
 

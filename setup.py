@@ -1,4 +1,8 @@
-"""Drives CMake. What a build needs, and how torch is found, is in cmake/glmx_backend.py."""
+"""Drives CMake. What a build needs, and how torch is found, is in cmake/glmx_backend.py.
+
+Options of the build, in its environment: GLMX_CUDA and GLMX_CUDA_ARCHS (cmake/GlmxCuda.cmake), GLMX_TORCH_DIR, CXX,
+MAX_JOBS.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +43,9 @@ class CMakeBuild(build_ext):
         configure = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CXX_COMPILER={compiler}"]
         configure += [f"-DGLMX_TORCH_DIR={torch}", f"-DGLMX_OUT={out}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11_dir()}"]
+        # A build without them asks for the default again: the build folder would remember the former answer.
+        configure += [f"-DGLMX_CUDA={os.environ.get('GLMX_CUDA') or 'AUTO'}"]
+        configure += [f"-DGLMX_CUDA_ARCHS={os.environ.get('GLMX_CUDA_ARCHS') or '80;90a'}"]
         ninja = shutil.which("ninja")
         if ninja:
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

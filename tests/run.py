@@ -109,7 +109,7 @@ def lint() -> Count:
 def build_cpp(variant: str) -> Count:
     """Builds the C++ tests in build/cpp-<variant>: "plain" as for users, "sanitize" under ASan and UBSan."""
     where = BUILD / f"cpp-{variant}"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(where), "-DGLMX_PYTHON=OFF", "-DGLMX_TESTS=ON"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(where), "-DGLMX_PYTHON=OFF", "-DGLMX_TESTS=ON", "-DGLMX_CUDA=OFF"]
     configure.append(f"-DGLMX_SANITIZE={'ON' if variant == 'sanitize' else 'OFF'}")
     if shutil.which("ninja"):
         configure.append("-GNinja")

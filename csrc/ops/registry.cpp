@@ -37,7 +37,7 @@ const char* gpu_kernel(const OpInfo& info) {
   const std::string op = info.op;
   if (op == "moe_mlp") return table->expert_plan && table->grouped_gemm && table->moe_combine ? "composed" : "none";
   if (!has_kernel(*table, info.op)) return "none";
-  if (op != "grouped_gemm" || table->device_count() == 0) return "gpu";
+  if (op != "grouped_gemm" || table->grouped_gemm_path == nullptr || table->device_count() == 0) return "gpu";
   return table->grouped_gemm_path(0, info.variant == std::string("bf16") ? DType::bf16 : DType::f32);
 }
 

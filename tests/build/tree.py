@@ -41,7 +41,15 @@ def unavailable(reason: str) -> None:
 
 def clean_environment(**changes: str) -> dict[str, str]:
     """The environment of a user: nothing of this test run's own paths or options, but its cmake and ninja."""
-    dropped = ("PYTHONPATH", "GLMX_ISA", "GLMX_TORCH_DIR", "VIRTUAL_ENV")
+    dropped = (
+        "PYTHONPATH",
+        "GLMX_ISA",
+        "GLMX_BACKEND",
+        "GLMX_TORCH_DIR",
+        "GLMX_CUDA",
+        "GLMX_CUDA_ARCHS",
+        "VIRTUAL_ENV",
+    )
     env = {key: value for key, value in os.environ.items() if key not in dropped}
     tools = pathlib.Path(sys.executable).parent
     return {**env, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PATH": f"{tools}{os.pathsep}{env['PATH']}", **changes}
