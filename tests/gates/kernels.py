@@ -50,9 +50,16 @@ def portable(source: str) -> bool:
 
 
 def declared(source: str) -> list[str]:
-    """The names behind __global__ in a file, in its order. Between the two stand `void` and attributes with parentheses."""
+    """The names of a file's __global__ functions, in its order."""
     code = re.sub(r"//[^\n]*", "", (GPU / source).read_text())
-    return re.findall(r"__global__[\s\w]*?(?:__launch_bounds__\s*\([^;{]*?\)\s*)?(?:void\s+)?(\w+)\s*\((?!\()", code)
+    code = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", "", code)
+    return re.findall(r"__global__\s+void\s+(\w+)\s*\(", code)
+
+
+def declared_by_headers(source: str) -> list[str]:
+    """Those of the headers that a file includes; as templates, they are compiled where they are launched."""
+    headers = re.findall(r'#include "gpu/(\w+\.h)"', (GPU / source).read_text())
+    return [name for header in headers for name in (*declared(header), *declared_by_headers(header))]
 
 
 def needs(missing: list[str]) -> None:
@@ -183,7 +190,7 @@ def device_libraries() -> pathlib.Path:
 
 
 def build_hip() -> str:
-    """Compiles every portable kernel file for every card, as GLMX_HIP=ON does; "" or what the compiler said."""
+    """Compiles every kernel file for every card, as GLMX_HIP=ON does; "" or what the compiler said."""
     flags = f"-save-temps=obj --rocm-device-lib-path={device_libraries()}"  # the assembly left behind holds the kernels' metadata
     configure = ["cmake", "-S", str(ROOT), "-B", str(HIP_BUILD), "-DGLMX_PYTHON=OFF", "-DGLMX_HIP=ON", "-DGLMX_CUDA=OFF"]
     configure += ["-DGLMX_HIP_COMPILER=clang++-19", f"-DGLMX_HIP_ARCHS={';'.join(HIP_CARDS)}", f"-DGLMX_HIP_FLAGS={flags}"]
@@ -197,13 +204,17 @@ def build_hip() -> str:
 
 
 def hip_objects() -> dict[str, pathlib.Path]:
-    return {source: HIP_BUILD / "hip" / f"{source}.o" for source in kernel_files() if portable(source)}
+    return {source: HIP_BUILD / "hip" / f"{source}.o" for source in kernel_files()}
+
+
+def assembly(source: str, card: str) -> pathlib.Path:
+    return HIP_BUILD / "hip" / f"{source.removesuffix('.cu')}-hip-amdgcn-amd-amdhsa-{card}.s"
 
 
 def read_assembly(source: str, card: str) -> list[Kernel]:
     """From the metadata that the compiler writes behind the code of a file."""
-    path = HIP_BUILD / "hip" / f"{pathlib.PurePath(source).stem}-hip-amdgcn-amd-amdhsa-{card}.s"
-    metadata = re.search(r"^\s*\.amdgpu_metadata\n(.*)^\s*\.end_amdgpu_metadata", path.read_text(), re.MULTILINE | re.DOTALL)
+    text = assembly(source, card).read_text()
+    metadata = re.search(r"^\s*\.amdgpu_metadata\n(.*)^\s*\.end_amdgpu_metadata", text, re.MULTILINE | re.DOTALL)
     if metadata is None:
         return []
     entries = []
