@@ -21,11 +21,13 @@ __device__ inline uint32_t to_bits(float f) {
 // bf16 is held as its bits. Rounding is to nearest even; NaN stays NaN (quiet bit set), as csrc/cpu/base/vec.h does it.
 __device__ inline float load(const uint16_t* p) { return from_bits(uint32_t{*p} << 16); }
 __device__ inline float load(const float* p) { return *p; }
+#if !defined(GX_CUDA)  // it has an instruction (cuda.h), whose NaN are all one
 __device__ inline uint16_t bf16_bits(float f) {
   const uint32_t bits = to_bits(f);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+#endif
 __device__ inline void store(uint16_t* p, float f) { *p = bf16_bits(f); }
 __device__ inline void store(float* p, float f) { *p = f; }
 // The value that storing as T and loading again gives.
@@ -43,7 +45,9 @@ __device__ inline float round_to<uint16_t>(float f) {
 // Two bf16 of a word, the lower address first.
 __device__ inline float low(uint32_t word) { return from_bits(word << 16); }
 __device__ inline float high(uint32_t word) { return from_bits(word & 0xffff0000u); }
+#if !defined(GX_CUDA)
 __device__ inline uint32_t pack(float first, float second) { return bf16_bits(first) | (uint32_t{bf16_bits(second)} << 16); }
+#endif
 
 // Row sums of ops.h: sixteen lanes, half a team. Lane j holds the chain of elements j, j + 16, ...; the fold is 16 -> 8 -> 4 -> 2 -> 1,
 // lane j + lane j + half; every lane of the half team receives it. Both halves of the team call together.
@@ -53,6 +57,6 @@ __device__ inline float fold_add(float v) {
   return v;
 }
 
-__device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace gx

@@ -29,7 +29,8 @@ const Properties& properties(int index) {
       check("device", cudaDeviceGetAttribute(&value, attribute, index));
       return value;
     };
-    known[index] = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrComputeCapabilityMajor) * 10 + ask(cudaDevAttrComputeCapabilityMinor),
+    known[index] = {ask(cudaDevAttrMultiProcessorCount),
+                    ask(cudaDevAttrComputeCapabilityMajor) * 10 + ask(cudaDevAttrComputeCapabilityMinor),
                     ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   });
   return known[index];

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <string>
 
-#define GX_DYNAMIC_SHARED(T, name)                                         \
+#define GX_DYNAMIC_SHARED(T, name)                                     \
   extern __shared__ __align__(1024) unsigned char gx_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(gx_dynamic_shared)
 
@@ -42,6 +42,18 @@ __device__ inline void require(bool ok) {
 __device__ inline float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ inline float sqrt(float a) { return __fsqrt_rn(a); }
+
+// Rounded to nearest even; of two, the first goes to the lower half.
+__device__ inline uint16_t bf16_bits(float f) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  return bits;
+}
+__device__ inline uint32_t pack(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
 
 __device__ inline Vec16 load16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
@@ -120,15 +132,12 @@ __device__ inline void load_b_pair_transposed(FragB (&b)[2], const void* p) {
 }
 
 __device__ inline void mma(FragC& c, const FragA& a, const FragB& b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
-      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
+               : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
 }
 
-inline void check(const char* what, cudaError_t error) {
-  GLMX_CHECK(error == cudaSuccess, what, ": CUDA: ", cudaGetErrorString(error));
-}
+inline void check(const char* what, cudaError_t error) { GLMX_CHECK(error == cudaSuccess, what, ": CUDA: ", cudaGetErrorString(error)); }
 
 // Properties of a device that hosts plan with; read once.
 struct Properties {

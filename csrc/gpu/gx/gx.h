@@ -64,4 +64,11 @@ struct alignas(16) Vec16 {
 #error "GPU sources are compiled by nvcc, by clang for HIP, or by g++ with -DGX_SIMT"
 #endif
 
+// Whether kernels of gpu/sm90 are in this build.
+#if defined(GX_CUDA) || (defined(GX_SIMT) && __has_include("gpu/gx/hopper_simt.h"))
+#define GX_HOPPER_PATHS 1
+#else
+#define GX_HOPPER_PATHS 0
+#endif
+
 #include "gpu/gx/common.h"

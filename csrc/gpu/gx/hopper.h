@@ -21,11 +21,12 @@
 //   void gx::wgmma<N>(float (&c)[N / 2], uint64_t a, uint64_t b, bool onto)   c[64, N] = (onto ? c : 0) + a[64, 16] b[N, 16]^T;
 //                                                        N of 8, 16, 32, 64, 128, 256
 //   int gx::wgmma_row(int i), wgmma_col(int i)           of c[i] of this thread
+//   void gx::wgmma_hold(float (&c)[n])                   around a run of products: their sums stay in their registers
 //   void gx::registers_up<N>(), registers_down<N>()      setmaxnreg of a warpgroup
 #pragma once
 #include "gpu/gx/gx.h"
 
-#if defined(GX_SIMT)
+#if defined(GX_SIMT) && GX_HOPPER_PATHS
 #define GX_HOPPER 1
 #include "gpu/gx/hopper_simt.h"
 #elif defined(GX_CUDA)
