@@ -148,8 +148,9 @@ def read_cubins(source: str, path: pathlib.Path) -> list[Kernel]:
         spills = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes)
         local = used["STACK"] + used["LOCAL"]
         threads = bounds.get((card, name), 0)
+        reserved = 1024 if card == "sm_90a" and used["SHARED"] >= 1024 else 0  # Hopper's own, of every block that uses shared memory
         kernels.append(
-            Kernel(source, short[name], card, used["REG"], used["SHARED"], local, spills, threads, frozenset(opcodes))
+            Kernel(source, short[name], card, used["REG"], used["SHARED"] - reserved, local, spills, threads, frozenset(opcodes))
         )
     return kernels
 
