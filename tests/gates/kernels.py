@@ -7,12 +7,12 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
+
 from tests.build.tree import ROOT, SITE, output
 
 GPU = ROOT / "csrc" / "gpu"
@@ -132,7 +132,9 @@ def read_cubins(source: str, path: pathlib.Path) -> list[Kernel]:
     usage, bounds, code = {}, {}, {}
     for card, text in by_card(cuobjdump("-res-usage", path)):
         for name, values in re.findall(r"Function (\S+):\n\s+(.*)", text):
-            usage[card, name] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", values)}
+            usage[card, name] = {
+                key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", values)
+            }
     for card, text in by_card(cuobjdump("-elf", path)):
         for name, section in re.findall(r"^\.nv\.info\.(\S+)\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL):
             bound = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:\s+\w+\s+Value:\s+0x(\w+)", section)
@@ -148,9 +150,21 @@ def read_cubins(source: str, path: pathlib.Path) -> list[Kernel]:
         spills = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes)
         local = used["STACK"] + used["LOCAL"]
         threads = bounds.get((card, name), 0)
-        reserved = 1024 if card == "sm_90a" and used["SHARED"] >= 1024 else 0  # Hopper's own, of every block that uses shared memory
+        reserved = (
+            1024 if card == "sm_90a" and used["SHARED"] >= 1024 else 0
+        )  # Hopper's own, of every block that uses shared memory
         kernels.append(
-            Kernel(source, short[name], card, used["REG"], used["SHARED"] - reserved, local, spills, threads, frozenset(opcodes))
+            Kernel(
+                source,
+                short[name],
+                card,
+                used["REG"],
+                used["SHARED"] - reserved,
+                local,
+                spills,
+                threads,
+                frozenset(opcodes),
+            )
         )
     return kernels
 
@@ -166,7 +180,11 @@ def cuda_kernels() -> list[Kernel]:
 
 def hip_missing() -> list[str]:
     missing = []
-    for program, package in (("clang++-19", "clang-19"), ("lld-19", "lld-19"), ("clang-offload-bundler-19", "clang-tools-19")):
+    for program, package in (
+        ("clang++-19", "clang-19"),
+        ("lld-19", "lld-19"),
+        ("clang-offload-bundler-19", "clang-tools-19"),
+    ):
         missing += [] if shutil.which(program) else [package]
     missing += [] if pathlib.Path("/usr/include/hip/hip_runtime.h").exists() else ["libamdhip64-dev"]
     missing += [] if DEBIAN_DEVICE_LIBRARIES.exists() else ["rocm-device-libs"]
@@ -186,15 +204,39 @@ def device_libraries() -> pathlib.Path:
         text = 'target triple = "amdgcn-amd-amdhsa"\n@__oclc_ISA_version = linkonce_odr hidden local_unnamed_addr addrspace(4) constant i32 9402, align 4\n'
         source = constant.with_suffix(".ll")
         source.write_text(text)
-        output("clang-19", "-x", "ir", "-nogpulib", "-c", "-emit-llvm", "--target=amdgcn-amd-amdhsa", source, "-o", constant)
+        output(
+            "clang-19",
+            "-x",
+            "ir",
+            "-nogpulib",
+            "-c",
+            "-emit-llvm",
+            "--target=amdgcn-amd-amdhsa",
+            source,
+            "-o",
+            constant,
+        )
     return folder
 
 
 def build_hip() -> str:
     """Compiles every kernel file for every card, as GLMX_HIP=ON does; "" or what the compiler said."""
     flags = f"-save-temps=obj --rocm-device-lib-path={device_libraries()}"  # the assembly left behind holds the kernels' metadata
-    configure = ["cmake", "-S", str(ROOT), "-B", str(HIP_BUILD), "-DGLMX_PYTHON=OFF", "-DGLMX_HIP=ON", "-DGLMX_CUDA=OFF"]
-    configure += ["-DGLMX_HIP_COMPILER=clang++-19", f"-DGLMX_HIP_ARCHS={';'.join(HIP_CARDS)}", f"-DGLMX_HIP_FLAGS={flags}"]
+    configure = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(HIP_BUILD),
+        "-DGLMX_PYTHON=OFF",
+        "-DGLMX_HIP=ON",
+        "-DGLMX_CUDA=OFF",
+    ]
+    configure += [
+        "-DGLMX_HIP_COMPILER=clang++-19",
+        f"-DGLMX_HIP_ARCHS={';'.join(HIP_CARDS)}",
+        f"-DGLMX_HIP_FLAGS={flags}",
+    ]
     if shutil.which("ninja"):
         configure.append("-GNinja")
     for command in (configure, ["cmake", "--build", str(HIP_BUILD), "--target", "glmx_hip", "-j", "2"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from tests.build.tree import PACKAGE, ROOT, output
 from tests.gates.expect import EXPECTED, FORBIDDEN
 from tests.gates.kernels import (
@@ -80,7 +81,11 @@ def test_no_forbidden_instruction(kernels, source):
 def test_expected_instructions(kernels, source):
     for function, wanted in EXPECTED[source].items():
         for card in cards(source):
-            found = [kernel for kernel in kernels if (kernel.source, kernel.function, kernel.card) == (source, function, card)]
+            found = [
+                kernel
+                for kernel in kernels
+                if (kernel.source, kernel.function, kernel.card) == (source, function, card)
+            ]
             assert found, f"{source}: no {function} on {card}"
             for kernel in found:
                 for opcode in wanted:
@@ -101,7 +106,9 @@ def test_core_holds_the_kernels():
     cubins = re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("-lelf", core))
     for card in CUDA_CARDS:
         wanted = sum(card in cards(source) for source in FILES)
-        assert cubins.count(card) >= wanted, f"{core.name} holds {cubins.count(card)} cubins for {card}: {wanted} files have kernels"
+        assert cubins.count(card) >= wanted, (
+            f"{core.name} holds {cubins.count(card)} cubins for {card}: {wanted} files have kernels"
+        )
     entries = re.findall(r"^  X\((\w+), \w+\)", (ROOT / "csrc/gpu/kernels.h").read_text(), re.MULTILINE)
     assert len(entries) >= 20
     defined = set(re.findall(r" [TtW] glmx::gpu::(\w+)\(", output("nm", "-C", "--defined-only", core)))

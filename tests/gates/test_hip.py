@@ -5,8 +5,21 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from tests.build.tree import ROOT, output
-from tests.gates.kernels import HIP_BUILD, HIP_CARDS, assembly, build_hip, declared, declared_by_headers, hip_kernels, hip_missing, hip_objects, kernel_files, needs
+from tests.gates.kernels import (
+    HIP_BUILD,
+    HIP_CARDS,
+    assembly,
+    build_hip,
+    declared,
+    declared_by_headers,
+    hip_kernels,
+    hip_missing,
+    hip_objects,
+    kernel_files,
+    needs,
+)
 
 needs(hip_missing())
 
@@ -34,7 +47,9 @@ def test_compiles_for_every_card(kernels, source):
 def test_nothing_spills(kernels, source):
     for kernel in kernels:
         if kernel.source == source:
-            assert kernel.spills == 0, f"{source}: {kernel.name} on {kernel.card} spills {kernel.spills} of {kernel.registers} registers"
+            assert kernel.spills == 0, (
+                f"{source}: {kernel.name} on {kernel.card} spills {kernel.spills} of {kernel.registers} registers"
+            )
             assert kernel.shared <= LDS and kernel.threads <= 1024, f"{source}: {kernel.name} on {kernel.card}"
 
 
@@ -57,6 +72,16 @@ def test_numerics_of_the_compiler(kernels):
 def test_links_against_the_runtime(kernels, tmp_path):
     """The host side too: nothing is undefined but what libamdhip64 has."""
     core = tmp_path / "backends.o"
-    output("g++", "-std=c++20", "-fPIC", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", "-c", ROOT / "csrc/gpu/backends.cpp", "-o", core)
+    output(
+        "g++",
+        "-std=c++20",
+        "-fPIC",
+        f"-I{ROOT}/csrc",
+        f"-I{ROOT}/csrc/include",
+        "-c",
+        ROOT / "csrc/gpu/backends.cpp",
+        "-o",
+        core,
+    )
     objects = [*hip_objects().values(), HIP_BUILD / "hip/table.cu.o", HIP_BUILD / "hip/gx/hip.cu.o"]
     output("g++", "-shared", "-Wl,--no-undefined", *objects, core, "-o", tmp_path / "hip.so", "-lamdhip64")
