@@ -1,9 +1,11 @@
 // Kernel tables: which kernels an op has, which one runs here, and how to print it.
 #pragma once
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "core/features.h"
+#include "glmx/device.h"
 #include "glmx/dtype.h"
 
 namespace glmx {
@@ -61,6 +63,8 @@ Isa chosen_isa(const OpInfo& info, Isa level);
 // What runs it on this build's GPU backend: "gpu" (the portable kernel), "sm90" (Hopper's own, on the first card here), "composed" (other
 // ops, one after the other), or "none": without a backend, or where the op runs on the CPU alone.
 const char* gpu_kernel(const OpInfo& info);
+// The ops, gradients among them, that tensors of this backend run; none where it is not in this process.
+std::vector<std::string> gpu_kernels(Backend backend);
 
 // Every op of this build, in the order of ops.h (ops/registry.cpp).
 const std::vector<OpInfo>& op_table();

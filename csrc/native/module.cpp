@@ -78,6 +78,13 @@ std::vector<std::string> backends() {
   return out;
 }
 
+std::vector<std::string> gpu_kernels(const std::string& name) {
+  for (glmx::Backend backend : {glmx::Backend::cuda, glmx::Backend::hip, glmx::Backend::simt}) {
+    if (name == glmx::backend_name(backend)) return glmx::gpu_kernels(backend);
+  }
+  throw py::value_error("backend: expected cuda, hip or simt: got " + name);
+}
+
 // The cards that this build's GPU backend sees: none without a driver.
 py::list gpu_devices() {
   py::list out;
@@ -171,6 +178,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("op_revisions", op_revisions, "Kernel revision per op: raised by whoever changes its bits.");
   m.def("build_info", build_info);
   m.def("backends", backends, "Whose kernels this process has: cpu, and cuda or hip where they are built; simt once it is loaded.");
+  m.def("gpu_kernels", gpu_kernels, py::arg("backend"), "The ops that tensors of this backend run; empty where it is not in this process.");
   m.def("gpu_devices", gpu_devices, "The cards that the GPU backend of this build sees.");
   m.def("load_simt", load_simt, py::arg("path"), "For tests: loads the CPU that plays GPU; CPU tensors then run the GPU's kernels.");
   m.def("set_small_work", glmx::set_small_work, py::arg("nanoseconds"),

@@ -1,7 +1,7 @@
 // The table of ops, in the order of ops.h.
 #include "ops/registry.h"
 
-#include <cstring>
+#include <algorithm>
 
 #include "gpu/kernels.h"
 
@@ -15,12 +15,16 @@ const gpu::Kernels* gpu_table() {
   return nullptr;
 }
 
-bool has_kernel(const gpu::Kernels& table, const char* op) {
-#define GLMX_GPU_HAS(name, Params) \
-  if (std::strcmp(op, #name) == 0) return table.name != nullptr;
-  GLMX_GPU_KERNELS(GLMX_GPU_HAS)
-#undef GLMX_GPU_HAS
-  return false;
+bool composes_moe_mlp(const gpu::Kernels& table) { return table.expert_plan && table.grouped_gemm && table.moe_combine; }
+
+std::vector<std::string> names(const gpu::Kernels& table) {
+  std::vector<std::string> out;
+#define GLMX_GPU_NAME(name, Params) \
+  if (table.name != nullptr) out.emplace_back(#name);
+  GLMX_GPU_KERNELS(GLMX_GPU_NAME)
+#undef GLMX_GPU_NAME
+  if (composes_moe_mlp(table)) out.emplace_back("moe_mlp");
+  return out;
 }
 }  // namespace
 
@@ -35,10 +39,16 @@ const char* gpu_kernel(const OpInfo& info) {
   const gpu::Kernels* table = gpu_table();
   if (table == nullptr) return "none";
   const std::string op = info.op;
-  if (op == "moe_mlp") return table->expert_plan && table->grouped_gemm && table->moe_combine ? "composed" : "none";
-  if (!has_kernel(*table, info.op)) return "none";
+  const std::vector<std::string> have = names(*table);
+  if (std::find(have.begin(), have.end(), op) == have.end()) return "none";
+  if (op == "moe_mlp") return "composed";
   if (op != "grouped_gemm" || table->grouped_gemm_path == nullptr || table->device_count() == 0) return "gpu";
   return table->grouped_gemm_path(0, info.variant == std::string("bf16") ? DType::bf16 : DType::f32);
+}
+
+std::vector<std::string> gpu_kernels(Backend backend) {
+  const gpu::Kernels* table = gpu::kernels(backend);
+  return table == nullptr ? std::vector<std::string>{} : names(*table);
 }
 
 const std::vector<OpInfo>& op_table() {

@@ -143,7 +143,7 @@ def kernel_of(op: str, variant: str) -> dict[str, Any] | None:
 _logged: set[str] = set()
 
 
-def log_kernel(op: str, variant: str, where: str) -> None:
+def log_kernel(op: str, variant: str, where: str | None) -> None:
     """GLMX_LOG=kernels: one line on standard error for each op and variant.
 
     `where` is a backend, or "copies": the CPU's kernel on copies of tensors that are on a GPU.

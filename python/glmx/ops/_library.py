@@ -26,29 +26,61 @@ _load()
 
 
 def op(name: str) -> Callable[..., None]:
-    """The out-variant op `torch.ops.glmx.<name>`: outputs lead, nothing is returned. Bad arguments raise ValueError."""
+    """The out-variant op `torch.ops.glmx.<name>`: outputs lead, nothing is returned. Bad arguments raise ValueError.
+
+    Where it has no kernel for tensors on a GPU, the CPU's runs on copies of them.
+    """
     overload = getattr(torch.ops.glmx, name).default
     torch.library.register_fake(f"glmx::{name}", lambda *args, **kwargs: None)
+    gpu = runtime.gpu_backend()
+    copies = _TORCH_HAS_GPU and (gpu is None or name not in runtime.native().gpu_kernels(gpu))
+    run = on_copies(overload) if copies else overload
 
     def call(*args: Any) -> None:
         try:
-            overload(*args)
+            run(*args)
         except RuntimeError as error:
             raise ValueError(str(error).split("\n", 1)[0]) from None
 
-    return _logged(name, call) if runtime.settings.log_kernels else call
+    return _logged(name, call, "copies" if copies else gpu) if runtime.settings.log_kernels else call
 
 
-def _logged(name: str, call: Callable[..., None]) -> Callable[..., None]:
-    """GLMX_LOG=kernels: names the kernel at the first call with each dtype."""
-    seen: set[str] = set()
+_TORCH_HAS_GPU = torch.version.cuda is not None or torch.version.hip is not None
+
+
+def _on_gpu(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.is_cuda  # torch says so of AMD's cards too
+
+
+def on_copies(overload: Any) -> Callable[..., None]:
+    """The op for tensors on a GPU that it has no kernel for: all are copied to the CPU, and what it writes is copied
+    back. Slow, and exact.
+    """
+    written = [i for i, arg in enumerate(overload._schema.arguments) if arg.alias_info and arg.alias_info.is_write]
+
+    def run(*args: Any) -> None:
+        if not any(map(_on_gpu, args)):
+            return overload(*args)
+        copies = [arg.cpu() if _on_gpu(arg) else arg for arg in args]
+        overload(*copies)
+        for i in written:
+            if _on_gpu(args[i]):
+                args[i].copy_(copies[i])
+
+    return run
+
+
+def _logged(name: str, call: Callable[..., None], gpu: str | None) -> Callable[..., None]:
+    """GLMX_LOG=kernels: names the kernel at the first call with each dtype, on the CPU and on a GPU (`gpu`: whose)."""
+    seen: set[tuple[str, str | None]] = set()
+    cpu = "simt" if name in runtime.native().gpu_kernels("simt") else "cpu"
 
     def logged(*args: Any) -> None:
         bf16 = any(isinstance(arg, Tensor) and arg.dtype is torch.bfloat16 for arg in args)
-        variant = "bf16" if bf16 else "fp32"
-        if variant not in seen:
-            seen.add(variant)
-            runtime.log_kernel(name, variant, "cpu")
+        key = "bf16" if bf16 else "fp32", gpu if any(map(_on_gpu, args)) else cpu
+        if key not in seen:
+            seen.add(key)
+            runtime.log_kernel(name, *key)
         call(*args)
 
     return logged

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from glmx.ops._library import apply, check_dim, check_model_dtype, check_same_dtype, op, weight_gradient
 from glmx.ops.moe_combine import moe_combine
+from glmx.ops.silu_mul import silu_mul_gradient
 from glmx.ops.stored_weight import StoredWeight
 
 _forward = op("grouped_gemm")
@@ -46,11 +47,9 @@ class GroupedGemmFunction(torch.autograd.Function):
         x_MK, w_ENK, bias_EN, offsets, row_token_R, inverse_Tk, preact_RN = ctx.saved_tensors
         dy = dy.to(x_MK.dtype).contiguous()
         if offsets is None:
-            offsets = torch.tensor([0, x_MK.shape[0]], dtype=torch.int32)
+            offsets = torch.arange(2, dtype=torch.int32, device=dy.device) * x_MK.shape[0]
         if preact_RN is not None:
-            d_preact_RN = torch.empty_like(preact_RN)
-            torch.ops.glmx.silu_mul_backward(d_preact_RN, dy, preact_RN)
-            dy = d_preact_RN
+            dy = silu_mul_gradient(dy, preact_RN)
         dx = dw = d_bias = None
         if ctx.needs_input_grad[0]:
             dx = grouped_gemm_dgrad(dy, _experts(w_ENK), offsets)

@@ -97,7 +97,8 @@ def mtp_verify(
         B, R = shape[0], shape[0] * shape[1]
         rows = torch.Size([B])
         seeds = per_row(seeds, "seeds", rows, torch.int64)[:, None]
-        positions = per_row(positions, "positions", rows, torch.int64)[:, None] + torch.arange(shape[1])
+        positions = per_row(positions, "positions", rows, torch.int64)[:, None]
+        positions = positions + torch.arange(shape[1], device=positions.device)
     rules = rule_tensors(
         logits,
         seeds=seeds,
