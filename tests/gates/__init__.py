@@ -1,1 +1,1 @@
-"""What can be said of GPU kernels without a GPU: they compile for every card, their instructions are the expected ones, nothing spills."""
+"""What can be said of GPU kernels without a GPU: every card has them, in the instructions that were meant."""

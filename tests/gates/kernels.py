@@ -146,26 +146,13 @@ def read_cubins(source: str, path: pathlib.Path) -> list[Kernel]:
     short = demangled({name for _, name in usage})
     kernels = []
     for (card, name), used in usage.items():
-        opcodes = code[card, name]
-        spills = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes)
-        local = used["STACK"] + used["LOCAL"]
-        threads = bounds.get((card, name), 0)
-        reserved = (
-            1024 if card == "sm_90a" and used["SHARED"] >= 1024 else 0
-        )  # Hopper's own, of every block that uses shared memory
-        kernels.append(
-            Kernel(
-                source,
-                short[name],
-                card,
-                used["REG"],
-                used["SHARED"] - reserved,
-                local,
-                spills,
-                threads,
-                frozenset(opcodes),
-            )
-        )
+        opcodes = frozenset(code[card, name])
+        spills = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in code[card, name])
+        local, threads = used["STACK"] + used["LOCAL"], bounds.get((card, name), 0)
+        shared = used["SHARED"]
+        if card == "sm_90a" and shared >= 1024:
+            shared -= 1024  # Hopper's own, of every block that uses shared memory
+        kernels.append(Kernel(source, short[name], card, used["REG"], shared, local, spills, threads, opcodes))
     return kernels
 
 
@@ -201,42 +188,21 @@ def device_libraries() -> pathlib.Path:
             link.symlink_to(path)
     constant = folder / "oclc_isa_version_942.bc"
     if not constant.exists():
-        text = 'target triple = "amdgcn-amd-amdhsa"\n@__oclc_ISA_version = linkonce_odr hidden local_unnamed_addr addrspace(4) constant i32 9402, align 4\n'
+        text = 'target triple = "amdgcn-amd-amdhsa"\n@__oclc_ISA_version = linkonce_odr hidden local_unnamed_addr '
         source = constant.with_suffix(".ll")
-        source.write_text(text)
-        output(
-            "clang-19",
-            "-x",
-            "ir",
-            "-nogpulib",
-            "-c",
-            "-emit-llvm",
-            "--target=amdgcn-amd-amdhsa",
-            source,
-            "-o",
-            constant,
-        )
+        source.write_text(text + "addrspace(4) constant i32 9402, align 4\n")
+        target = "--target=amdgcn-amd-amdhsa"
+        output("clang-19", "-x", "ir", "-nogpulib", "-c", "-emit-llvm", target, source, "-o", constant)
     return folder
 
 
 def build_hip() -> str:
     """Compiles every kernel file for every card, as GLMX_HIP=ON does; "" or what the compiler said."""
-    flags = f"-save-temps=obj --rocm-device-lib-path={device_libraries()}"  # the assembly left behind holds the kernels' metadata
-    configure = [
-        "cmake",
-        "-S",
-        str(ROOT),
-        "-B",
-        str(HIP_BUILD),
-        "-DGLMX_PYTHON=OFF",
-        "-DGLMX_HIP=ON",
-        "-DGLMX_CUDA=OFF",
-    ]
-    configure += [
-        "-DGLMX_HIP_COMPILER=clang++-19",
-        f"-DGLMX_HIP_ARCHS={';'.join(HIP_CARDS)}",
-        f"-DGLMX_HIP_FLAGS={flags}",
-    ]
+    # The assembly that -save-temps leaves behind holds the kernels' metadata.
+    flags = f"-save-temps=obj --rocm-device-lib-path={device_libraries()}"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(HIP_BUILD), "-DGLMX_PYTHON=OFF", "-DGLMX_CUDA=OFF"]
+    configure += ["-DGLMX_HIP=ON", f"-DGLMX_HIP_ARCHS={';'.join(HIP_CARDS)}"]
+    configure += ["-DGLMX_HIP_COMPILER=clang++-19", f"-DGLMX_HIP_FLAGS={flags}"]
     if shutil.which("ninja"):
         configure.append("-GNinja")
     for command in (configure, ["cmake", "--build", str(HIP_BUILD), "--target", "glmx_hip", "-j", "2"]):

@@ -3,8 +3,8 @@
     python -m tests.gates.table            prints it
     python -m tests.gates.table --write    puts it into docs/gpu.md; after a change of a kernel: make dev, then this
 
-Registers, shared memory and spills are read from the product's own build and from the HIP build of the gates; mutations come from
-docs/gpu_mutants.json, runs on cards from docs/gpu_results*.jsonl (the rows of bench/gpu_check.sh).
+Registers, shared memory and spills are read from the product's own build and from the HIP build of the gates;
+mutations come from docs/gpu_mutants.json, runs on cards from docs/gpu_results*.jsonl (the rows of bench/gpu_check.sh).
 """
 
 from __future__ import annotations

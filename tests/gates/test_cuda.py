@@ -1,4 +1,4 @@
-"""The CUDA backend as it was built: every kernel is there for every card, fits its registers, and is the code that was meant."""
+"""The CUDA backend as built: every card has every kernel, it fits its registers, and is the code that was meant."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_matrix_units_are_expected():
 
 
 def test_core_holds_the_kernels():
-    """The library that users get: cubins of every card inside, an entry for every kernel, and no CUDA library asked of the machine."""
+    """The library that users get: cubins for every card, every kernel's entry, and no CUDA library asked for."""
     core = PACKAGE / "libglmx_core.so"
     cubins = re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("-lelf", core))
     for card in CUDA_CARDS:

@@ -45,12 +45,10 @@ def test_compiles_for_every_card(kernels, source):
 
 @pytest.mark.parametrize("source", FILES)
 def test_nothing_spills(kernels, source):
-    for kernel in kernels:
-        if kernel.source == source:
-            assert kernel.spills == 0, (
-                f"{source}: {kernel.name} on {kernel.card} spills {kernel.spills} of {kernel.registers} registers"
-            )
-            assert kernel.shared <= LDS and kernel.threads <= 1024, f"{source}: {kernel.name} on {kernel.card}"
+    for kernel in (kernel for kernel in kernels if kernel.source == source):
+        what = f"{source}: {kernel.name} on {kernel.card}"
+        assert kernel.spills == 0, f"{what} spills {kernel.spills} of {kernel.registers} registers"
+        assert kernel.shared <= LDS and kernel.threads <= 1024, what
 
 
 def test_waves_are_64_wide(kernels):
@@ -72,16 +70,7 @@ def test_numerics_of_the_compiler(kernels):
 def test_links_against_the_runtime(kernels, tmp_path):
     """The host side too: nothing is undefined but what libamdhip64 has."""
     core = tmp_path / "backends.o"
-    output(
-        "g++",
-        "-std=c++20",
-        "-fPIC",
-        f"-I{ROOT}/csrc",
-        f"-I{ROOT}/csrc/include",
-        "-c",
-        ROOT / "csrc/gpu/backends.cpp",
-        "-o",
-        core,
-    )
+    flags = ("-std=c++20", "-fPIC", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include")
+    output("g++", *flags, "-c", ROOT / "csrc/gpu/backends.cpp", "-o", core)
     objects = [*hip_objects().values(), HIP_BUILD / "hip/table.cu.o", HIP_BUILD / "hip/gx/hip.cu.o"]
     output("g++", "-shared", "-Wl,--no-undefined", *objects, core, "-o", tmp_path / "hip.so", "-lamdhip64")

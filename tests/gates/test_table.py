@@ -1,4 +1,4 @@
-"""docs/gpu.md's table is current: always its kernels, mutations and hardware; its numbers where both compilers are here."""
+"""docs/gpu.md's table is current: always its kernels, mutations and hardware; its numbers where both compilers are."""
 
 from __future__ import annotations
 
