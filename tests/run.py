@@ -98,7 +98,7 @@ def tracked(*patterns: str) -> list[str]:
 def lint() -> Count:
     count = check("ruff check", ["ruff", "check", "."])
     count += check("ruff format", ["ruff", "format", "--check", "."])
-    count += check("clang-format", ["clang-format", "--dry-run", "-Werror", *tracked("*.cpp", "*.h")])
+    count += check("clang-format", ["clang-format", "--dry-run", "-Werror", *tracked("*.cpp", "*.h", "*.cu")])
     bodies = Count()
     for name in tracked("*.inl"):  # clang-format goes by the ending, and does not know this one
         command = ["clang-format", "--dry-run", "-Werror", f"--assume-filename={name}.h"]
