@@ -6,7 +6,7 @@
 // Algorithm  one block = one to eight rows; a thread adds two pieces of 16 bytes at a time, so that four loads are in flight
 // Work/bytes 5*T*H flop; 4*T*H elements: bound by memory
 // Measured   not measured on hardware
-// Limits     H >= 1; host checks in ops/add_rms_norm.cpp. Rows beyond 48 KB are not staged
+// Limits     H >= 1; host checks in ops/add_rms_norm.cpp. Rows beyond 46 KB are not staged
 #include "gpu/gx/gx.h"
 #include "gpu/kernels.h"
 #include "gpu/rms_row.h"

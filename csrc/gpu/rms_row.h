@@ -11,9 +11,9 @@ namespace glmx::gpu {
 namespace {
 
 constexpr int kNormThreads = 128, kHalfTeams = kNormThreads / gx::kRowLanes;
-// Shared memory: what a block stages at most (every GPU grants a block 48 KB unasked), and what several rows together may take, so that a
-// multiprocessor holds ten or more blocks.
-constexpr int64_t kStageMost = 48 * 1024, kStageRows = 16 * 1024;
+// Shared memory: what a block stages at most (every GPU grants a block 48 KB unasked; the last one holds what is static, padded to the
+// alignment of what is not), and what several rows together may take, so that a multiprocessor holds ten or more blocks.
+constexpr int64_t kStageMost = 47 * 1024, kStageRows = 16 * 1024;
 // Few rows are spread over about this many blocks, one for each multiprocessor, before blocks own several.
 constexpr int64_t kSpread = 128;
 
@@ -27,15 +27,15 @@ struct NormPlan {
 // `tensors`: how many rows are staged for each row of the op. Sixteen elements between rows put the rows of a team's halves in different
 // banks, and keep the rows aligned.
 template <class T>
-NormPlan plan_rows(const char* op, int64_t T_, int64_t H, int tensors) {
-  GLMX_CHECK(H < INT32_MAX / 2 && T_ < INT32_MAX, op, ": expected fewer than 2^30 columns and 2^31 rows: got ", H, " and ", T_);
+NormPlan plan_rows(const char* op, int64_t count, int64_t H, int tensors) {
+  GLMX_CHECK(H < INT32_MAX / 2 && count < INT32_MAX, op, ": expected fewer than 2^30 columns and 2^31 rows: got ", H, " and ", count);
   const int64_t row_bytes = tensors * (H + gx::kRowLanes) * int64_t{sizeof(T)};
   int64_t rows = kStageRows / row_bytes < kHalfTeams ? kStageRows / row_bytes : kHalfTeams;
-  rows = rows < T_ / kSpread ? rows : T_ / kSpread;
+  rows = rows < count / kSpread ? rows : count / kSpread;
   rows = rows < 1 ? 1 : rows;
   const bool staged = row_bytes <= kStageMost;
   return {static_cast<int>(rows), static_cast<int>(H), staged, staged ? static_cast<size_t>(rows * row_bytes) : 0,
-          dim3(static_cast<unsigned>(pieces_of(T_, rows)))};
+          dim3(static_cast<unsigned>(pieces_of(count, rows)))};
 }
 
 // Rows that a block owns: staged in shared memory or where they lie.

@@ -1,5 +1,5 @@
-// What kernels that walk rows of model dtype share: pieces of 16 bytes, and how a grid is cut over rows and pieces. Included by kernel
-// files inside namespace glmx::gpu's own files alone: everything here has internal linkage.
+// What kernels that walk rows of model dtype share: pieces of 16 bytes, and how a grid is cut over rows and pieces.
+// Included by kernel files alone; everything here has internal linkage.
 #pragma once
 #include <cstdint>
 #include <type_traits>
