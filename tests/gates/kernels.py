@@ -213,7 +213,7 @@ def build_hip() -> str:
 
 
 def hip_objects() -> dict[str, pathlib.Path]:
-    return {source: HIP_BUILD / "hip" / f"{source}.o" for source in kernel_files()}
+    return {source: HIP_BUILD / "hip" / f"{source}.o" for source in kernel_files() if portable(source)}
 
 
 def assembly(source: str, card: str) -> pathlib.Path:

@@ -110,7 +110,7 @@ def table(kernels: list[Kernel]) -> str:
             numbers = []
             for card in cards:
                 foreign = source.startswith("sm90/") and card != "sm_90a"
-                numbers.append("empty" if foreign else cell(kernel for kernel in mine if kernel.card == card))
+                numbers.append("none" if foreign else cell(kernel for kernel in mine if kernel.card == card))
             sass = " ".join(EXPECTED.get(source, {}).get(name, ())) or "-"
             row = [f"`{source}` `{name}`", *numbers, sass, mutations_of(source), hardware(source)]
             lines.append(f"| {' | '.join(row)} |")

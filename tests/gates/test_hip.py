@@ -19,11 +19,12 @@ from tests.gates.kernels import (
     hip_objects,
     kernel_files,
     needs,
+    portable,
 )
 
 needs(hip_missing())
 
-FILES = kernel_files()
+FILES = [source for source in kernel_files() if portable(source)]
 LDS = 65536  # bytes of shared memory that a block can have
 
 

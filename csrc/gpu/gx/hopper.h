@@ -33,6 +33,4 @@
 #include "gpu/gx/hopper_simt.h"
 #elif defined(GX_CUDA)
 #include "gpu/gx/hopper_cuda.h"
-#elif defined(GX_HIP)
-#include "gpu/gx/hopper_hip.h"
 #endif
