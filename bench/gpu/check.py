@@ -5,7 +5,7 @@ A stage that fails, or takes too long, is a row, and the next one runs. Nothing 
   install    pip install --no-build-isolation --no-deps into a folder of its own, from this checkout
   env        what glmx env says
   ceilings   matrix product, copy, read, gather, launch
-  bits       whether mma, wgmma and swapped wgmma agree (bits.cu)
+  bits       whether mma, wgmma and swapped wgmma agree (bits.cu); whether the divisions without branches are divisions (divisions.cu)
   tests      tests/gpu on this card
   examples   examples/moe_block.py and cupy_arrays.py on the card
   bench      route_topk, moe_combine, grouped_gemm, moe_layer, decode: each a stage, "bench_<name>"
@@ -172,6 +172,8 @@ class Check:
 
     def bits(self) -> None:
         self.probe("bits", "-gencode=arch=compute_90a,code=sm_90a")
+        product = ("-fmad=false", "-ftz=true", "-prec-div=true", "-Icsrc", "-Icsrc/include")
+        self.probe("divisions", "-arch=native", *product)
 
     def tests(self) -> None:
         report = self.out / "tests.xml"
