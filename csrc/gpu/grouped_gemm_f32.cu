@@ -80,7 +80,9 @@ __global__ void __launch_bounds__(kThreads) forward_fma(const GroupedGemmParams 
     float sum[kPart][kPart], up[kPart][kPart];
     multiply_tile(sum, a, {w, nullptr, p.K, 1, columns - t.column, p.K, false}, p.K);
     if (p.silu_mul) multiply_tile(up, a, {w + p.N / 2 * p.K, nullptr, p.K, 1, columns - t.column, p.K, false}, p.K);
+#pragma unroll
     for (int i = 0; i < kPart; ++i) {
+#pragma unroll
       for (int j = 0; j < kPart; ++j) {
         if (tile_row(i) >= t.rows || t.column + tile_column(j) >= columns) continue;
         store_forward(p, t.expert, t.row + tile_row(i), t.column + tile_column(j), sum[i][j], p.silu_mul ? up[i][j] : 0.0f);
@@ -101,7 +103,9 @@ __global__ void __launch_bounds__(kThreads) dgrad_fma(const GroupedGemmDgradPara
     float sum[kPart][kPart];
     multiply_tile(sum, {static_cast<const float*>(p.dy) + int64_t{t.row} * p.N, nullptr, p.N, 1, t.rows, p.N, false},
                   {w, nullptr, 1, p.K, p.K - t.column, p.N, false}, p.N);
+#pragma unroll
     for (int i = 0; i < kPart; ++i) {
+#pragma unroll
       for (int j = 0; j < kPart; ++j) {
         if (tile_row(i) >= t.rows || t.column + tile_column(j) >= p.K) continue;
         store_model(p.dx, p.out_dtype, int64_t{t.row + tile_row(i)} * p.K + t.column + tile_column(j), sum[i][j]);
@@ -124,7 +128,9 @@ __global__ void __launch_bounds__(kThreads) wgrad_fma(const GroupedGemmWgradPara
     const Operand b{gathered ? x : x + begin * p.K, gathered ? p.row_token + begin : nullptr, 1, p.K, p.K - k, rows, true};
     float sum[kPart][kPart];
     multiply_tile(sum, {static_cast<const float*>(p.dy) + begin * p.N + n, nullptr, 1, p.N, p.N - n, rows, false}, b, rows);
+#pragma unroll
     for (int i = 0; i < kPart; ++i) {
+#pragma unroll
       for (int j = 0; j < kPart; ++j) {
         if (n + tile_row(i) >= p.N || k + tile_column(j) >= p.K) continue;
         const int64_t at = (e * p.N + n + tile_row(i)) * p.K + k + tile_column(j);
