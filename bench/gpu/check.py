@@ -5,7 +5,7 @@ A stage that fails, or takes too long, is a row, and the next one runs. Nothing 
   install    pip install --no-build-isolation --no-deps into a folder of its own, from this checkout
   env        what glmx env says
   ceilings   matrix product, copy, read, gather, launch
-  bits       whether mma, wgmma and swapped wgmma agree (bits.cu); whether the divisions without branches are divisions (divisions.cu)
+  bits       whether mma, wgmma and swapped wgmma agree (bits.cu); whether divisions without branches divide (divisions.cu)
   tests      tests/gpu on this card
   examples   examples/moe_block.py and cupy_arrays.py on the card
   bench      route_topk, moe_combine, grouped_gemm, moe_layer, decode: each a stage, "bench_<name>"
@@ -238,7 +238,10 @@ class Check:
             if not found:
                 self.row(name=tool, answer="compute-sanitizer is not installed")
                 return
-            told = self.run(found, "--help")
+            try:
+                told = self.run(found, "--help")
+            except Failed as failed:
+                told = failed.text
             only = next((option for option in ("--kernel-name", "--kernel-regex") if f"{option} " in told), None)
             command = [found, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
             command += [only, "kns=glmx"] if only else []
