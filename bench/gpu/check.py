@@ -5,7 +5,7 @@ A stage that fails, or takes too long, is a row, and the next one runs. Nothing 
   install    pip install --no-build-isolation --no-deps into a folder of its own, from this checkout
   env        what glmx env says
   ceilings   matrix product, copy, read, gather, launch
-  bits       whether mma, wgmma and swapped wgmma agree (bits.cu); whether divisions without branches divide (divisions.cu)
+  bits       bits.cu: whether mma, wgmma and swapped wgmma agree; divisions.cu: whether gx divides without branches
   tests      tests/gpu on this card
   examples   examples/moe_block.py and cupy_arrays.py on the card
   bench      route_topk, moe_combine, grouped_gemm, moe_layer, decode: each a stage, "bench_<name>"
