@@ -15,6 +15,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from tests.build.tree import ROOT, output
 from tests.gates.expect import EXPECTED
@@ -40,22 +41,58 @@ UNMEASURED = "not measured on hardware"
 HOPPER = re.compile(r"\b(G?H[128]00|H20)\b")
 
 
-def mutants() -> list[dict]:
-    return json.loads(MUTANTS.read_text()) if MUTANTS.exists() else []
+@dataclass(frozen=True)
+class Mutation:
+    """One of tests/simt_mutants.py's: a kernel broken on purpose, and what noticed."""
+
+    file: str  # below csrc/gpu
+    kind: str  # "barrier removed"
+    text: str  # the line that was changed
+    caught: frozenset[str]  # of ORDERS
+    equivalent: str  # why nothing could notice
 
 
-def stem(source: str) -> str:
-    return source.removesuffix(".cu")
+def mutants() -> list[Mutation]:
+    if not MUTANTS.exists():
+        return []
+    found = []
+    for row in json.loads(MUTANTS.read_text()):
+        caught = frozenset(order.split(":")[0] for order, how in row["caught"].items() if how)  # "random:1" is a seed
+        found.append(Mutation(row["file"].removeprefix("gpu/"), row["kind"], row["text"], caught, row["equivalent"]))
+    return found
+
+
+def by_order(rows: list[Mutation]) -> list[int]:
+    return [sum(order in row.caught for row in rows) for order in ORDERS]
 
 
 def mutations_of(source: str) -> str:
-    """`4 of 4: forward 1, reverse 4, random 3`: of the mutations, how many each order of threads catches."""
-    rows = [row for row in mutants() if row["kernel"] == stem(source)]
+    """`4 of 4: forward 1, reverse 4, random 3`: how many of those that matter each order of threads catches."""
+    rows = [row for row in mutants() if row.file == source and not row.equivalent]
     if not rows:
         return "-"
-    caught = sum(bool(row["caught"]) for row in rows)
-    orders = ", ".join(f"{order} {sum(order in row['caught'] for row in rows)}" for order in ORDERS)
+    caught = sum(bool(row.caught) for row in rows)
+    orders = ", ".join(f"{order} {count}" for order, count in zip(ORDERS, by_order(rows), strict=True))
     return f"{caught} of {len(rows)}: {orders}"
+
+
+def mutation_table() -> list[str]:
+    """Files, their headers too, and kinds of change; behind it what is no change, and why."""
+    groups: dict[tuple[str, str], list[Mutation]] = {}
+    for row in mutants():
+        if not row.equivalent:
+            groups.setdefault((row.file, row.kind), []).append(row)
+    if not groups:
+        return []
+    lines = ["", f"| file | change | mutants | {' | '.join(ORDERS)} |", "|---|---|---|---|---|---|"]
+    for (file, kind), rows in groups.items():
+        counts = " | ".join(str(count) for count in by_order(rows))
+        lines.append(f"| `{file}` | {kind} | {len(rows)} | {counts} |")
+    same = [row for row in mutants() if row.equivalent]
+    if same:
+        lines += ["", "Changes that nothing can notice:", ""]
+        lines += [f"- `{row.file}`, {row.kind}, `{row.text}`: {row.equivalent}" for row in same]
+    return lines
 
 
 def runs() -> list[dict]:
@@ -114,10 +151,7 @@ def table(kernels: list[Kernel]) -> str:
             sass = " ".join(EXPECTED.get(source, {}).get(name, ())) or "-"
             row = [f"`{source}` `{name}`", *numbers, sass, mutations_of(source), hardware(source)]
             lines.append(f"| {' | '.join(row)} |")
-    if mutants():
-        lines += ["", "| kernel | mutation | caught in the order |", "|---|---|---|"]
-        for row in mutants():
-            lines.append(f"| `{row['kernel']}` | {row['mutation']} | {', '.join(row['caught']) or 'none'} |")
+    lines += mutation_table()
     return "\n".join(lines)
 
 

@@ -49,6 +49,7 @@ def test_nothing_spills(kernels, source):
     for kernel in (kernel for kernel in kernels if kernel.source == source):
         what = f"{source}: {kernel.name} on {kernel.card}"
         assert kernel.spills == 0, f"{what} spills {kernel.spills} of {kernel.registers} registers"
+        assert kernel.local == 0, f"{what} keeps {kernel.local} bytes a thread in memory"
         assert kernel.shared <= LDS and kernel.threads <= 1024, what
 
 
