@@ -125,7 +125,7 @@ __device__ void mask_groups(const RouteTopkParams& p, float* value, float* score
 
 // L lanes a token, Q quads a lane. With eight lanes E is 32 * Q and rows are aligned.
 template <int L, int Q>
-__global__ void __launch_bounds__(kThreads, 2) route_kernel(const RouteTopkParams p, bool aligned_rows) {
+__global__ void __launch_bounds__(kThreads) route_kernel(const RouteTopkParams p, bool aligned_rows) {
   constexpr bool kFast = L < gx::kTeam;
   constexpr int kTokens = kThreads / L;
   __shared__ Quad rows[kTokens][L * Q];
