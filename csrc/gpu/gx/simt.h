@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <source_location>
 #include <string>
 
 #define __global__
@@ -59,37 +60,50 @@ void set_architecture(int architecture);  // 80 or 90: what properties(0) says
 struct Block {
   dim3 index, threads, grid;
   unsigned char* dynamic_shared;
+  bool hopper;  // it has mbarriers: what the async proxy may not see yet is followed
 };
 struct Thread {
   dim3 index;
   Block* block;
 };
 
-// Stacks are aligned to their size, and the Thread lies at the top of its own: the stack pointer alone finds it.
+// Stacks are aligned to their size, and the Thread lies near the top of its own: the stack pointer alone finds it. Its distance from the
+// top differs from stack to stack: were it the same, the hot lines of all threads would compete for the same few sets of the caches.
 #if defined(__SANITIZE_ADDRESS__)
-inline constexpr size_t kStackBytes = 256 << 10;
+inline constexpr uintptr_t kStackBytes = 256 << 10;
 #else
-inline constexpr size_t kStackBytes = 64 << 10;
+inline constexpr uintptr_t kStackBytes = 64 << 10;
 #endif
-inline constexpr size_t kHeaderBytes = 512;  // room for the scheduler's own part of a thread
+inline constexpr uintptr_t kHeaderBytes = 192;  // room for the scheduler's own part of a thread
+inline constexpr uintptr_t kHeaderPlaces = 128;
+inline uintptr_t header_of(uintptr_t stack) {
+  const uintptr_t place = stack / kStackBytes % kHeaderPlaces;
+  return (stack | (kStackBytes - 1)) + 1 - (place + 1) * kHeaderBytes;
+}
 __attribute__((always_inline)) inline Thread& self() {
   uintptr_t stack;
   asm("mov %%rsp, %0" : "=r"(stack));
-  return *reinterpret_cast<Thread*>((stack | (kStackBytes - 1)) + 1 - kHeaderBytes);
+  return *reinterpret_cast<Thread*>(header_of(stack));
 }
 
 // Ends the launch with an error that begins with the kernel, the block and the thread.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// All 32 lanes of a team come with the same `run` (the lane that is last calls it with the arguments of all); else it is a fault.
-void collective(const char* what, void (*run)(void* const* lanes), void* mine);
-// Barrier `id` of `threads` threads (0: all that have not ended). Returns how many came with p.
-int block_barrier(const char* what, int id, int threads, bool p);
+// Where in the source a thread calls; a default argument, so that it names the caller's line.
+using Site = std::source_location;
+
+// All 32 lanes of a team come from the same site with the same `run` (the lane that is last calls it with the arguments of all); else it is
+// a fault.
+void collective(const char* what, const Site& site, void (*run)(void* const* lanes), void* mine);
+// Barrier `id` of `threads` threads (0: all that have not ended), all from the same site. Returns how many came with p.
+int block_barrier(const char* what, const Site& site, int id, int threads, bool p);
 void copy_async16(void* to, const void* from, bool valid);
 void commit();
 void wait(int groups);
 // Lets every other thread of the block run, and other blocks: of one that polls memory.
 void pause();
+// Remembers a store to shared memory that fence_async() has to cover.
+void note_store16(const void* p);
 // Faults unless [p, p + bytes) is shared memory of this block and p is aligned.
 void check_shared(const char* what, const void* p, size_t bytes, size_t alignment);
 
@@ -101,7 +115,7 @@ void launch(const char* name, void (*body)(const void* context), const void* con
 // ----------------------------------------------------------------------------------------------------------------
 
 template <class T>
-inline T shuffle_xor(T v, int mask) {
+inline T shuffle_xor(T v, int mask, simt::Site site = simt::Site::current()) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   struct Lane {
     T v, out;
@@ -109,7 +123,7 @@ inline T shuffle_xor(T v, int mask) {
   } mine{v, v, mask};
   if (mask < 0 || mask >= kTeam) simt::fault("shuffle_xor: mask %d is not in [0, 32)", mask);
   simt::collective(
-      "shuffle_xor",
+      "shuffle_xor", site,
       [](void* const* lanes) {
         for (int i = 0; i < kTeam; ++i) {
           Lane& to = *static_cast<Lane*>(lanes[i]);
@@ -120,7 +134,7 @@ inline T shuffle_xor(T v, int mask) {
   return mine.out;
 }
 template <class T>
-inline T shuffle(T v, int source) {
+inline T shuffle(T v, int source, simt::Site site = simt::Site::current()) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   struct Lane {
     T v, out;
@@ -128,7 +142,7 @@ inline T shuffle(T v, int source) {
   } mine{v, v, source};
   if (source < 0 || source >= kTeam) simt::fault("shuffle: source %d is not in [0, 32)", source);
   simt::collective(
-      "shuffle",
+      "shuffle", site,
       [](void* const* lanes) {
         for (int i = 0; i < kTeam; ++i) {
           Lane& to = *static_cast<Lane*>(lanes[i]);
@@ -138,13 +152,13 @@ inline T shuffle(T v, int source) {
       &mine);
   return mine.out;
 }
-inline uint32_t ballot(bool p) {
+inline uint32_t ballot(bool p, simt::Site site = simt::Site::current()) {
   struct Lane {
     bool p;
     uint32_t out;
   } mine{p, 0};
   simt::collective(
-      "ballot",
+      "ballot", site,
       [](void* const* lanes) {
         uint32_t bits = 0;
         for (int i = 0; i < kTeam; ++i) bits |= uint32_t{static_cast<Lane*>(lanes[i])->p} << i;
@@ -153,17 +167,17 @@ inline uint32_t ballot(bool p) {
       &mine);
   return mine.out;
 }
-inline void team_barrier() {
-  simt::collective("team_barrier", [](void* const*) {}, nullptr);
+inline void team_barrier(simt::Site site = simt::Site::current()) {
+  simt::collective("team_barrier", site, [](void* const*) {}, nullptr);
 }
 
-inline void barrier() { simt::block_barrier("barrier()", 0, 0, false); }
-inline void barrier(int id, int threads) {
+inline void barrier(simt::Site site = simt::Site::current()) { simt::block_barrier("barrier()", site, 0, 0, false); }
+inline void barrier(int id, int threads, simt::Site site = simt::Site::current()) {
   if (id < 1 || id > 15) simt::fault("barrier(%d, %d): the id is not in [1, 15]", id, threads);
   if (threads < kTeam || threads % kTeam != 0) simt::fault("barrier(%d, %d): the threads are not a multiple of 32", id, threads);
-  simt::block_barrier("barrier(id, threads)", id, threads, false);
+  simt::block_barrier("barrier(id, threads)", site, id, threads, false);
 }
-inline int barrier_count(bool p) { return simt::block_barrier("barrier_count()", 0, 0, p); }
+inline int barrier_count(bool p, simt::Site site = simt::Site::current()) { return simt::block_barrier("barrier_count()", site, 0, 0, p); }
 
 // ---- Memory
 // -------------------------------------------------------------------------------------------------------------------------------
@@ -192,6 +206,7 @@ inline Vec16 load16_once(const void* p) { return load16(p); }
 inline void store16(void* p, Vec16 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) simt::fault("store16: %p is not aligned to 16 bytes", p);
   memcpy(p, &v, 16);
+  if (simt::self().block->hopper) simt::note_store16(p);
 }
 
 inline void copy_async16(void* to, const void* from, bool valid) { simt::copy_async16(to, from, valid); }
@@ -216,34 +231,34 @@ struct FragC {
   static int col(int i) { return static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
 };
 
-void load_matrices(uint32_t (&r)[4], const void* p);
-void load_matrices_transposed(uint32_t (&r)[4], const void* p);
+void load_matrices(uint32_t (&r)[4], const void* p, const simt::Site& site);
+void load_matrices_transposed(uint32_t (&r)[4], const void* p, const simt::Site& site);
 
 inline int load_a_m() { return static_cast<int>(threadIdx.x) % 16; }
 inline int load_a_k() { return static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
-inline void load_a(FragA& a, const void* p) { load_matrices(a.r, p); }
+inline void load_a(FragA& a, const void* p, simt::Site site = simt::Site::current()) { load_matrices(a.r, p, site); }
 inline int load_a_transposed_k() { return static_cast<int>(threadIdx.x) % 8 + static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
 inline int load_a_transposed_m() { return static_cast<int>(threadIdx.x) / 8 % 2 * 8; }
-inline void load_a_transposed(FragA& a, const void* p) { load_matrices_transposed(a.r, p); }
+inline void load_a_transposed(FragA& a, const void* p, simt::Site site = simt::Site::current()) { load_matrices_transposed(a.r, p, site); }
 inline int load_b_n() { return static_cast<int>(threadIdx.x) % 8 + static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
 inline int load_b_k() { return static_cast<int>(threadIdx.x) / 8 % 2 * 8; }
-inline void load_b_pair(FragB (&b)[2], const void* p) {
+inline void load_b_pair(FragB (&b)[2], const void* p, simt::Site site = simt::Site::current()) {
   uint32_t r[4];
-  load_matrices(r, p);
+  load_matrices(r, p, site);
   b[0] = {{r[0], r[1]}};
   b[1] = {{r[2], r[3]}};
 }
 inline int load_b_transposed_k() { return static_cast<int>(threadIdx.x) % 16; }
 inline int load_b_transposed_n() { return static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
-inline void load_b_pair_transposed(FragB (&b)[2], const void* p) {
+inline void load_b_pair_transposed(FragB (&b)[2], const void* p, simt::Site site = simt::Site::current()) {
   uint32_t r[4];
-  load_matrices_transposed(r, p);
+  load_matrices_transposed(r, p, site);
   b[0] = {{r[0], r[1]}};
   b[1] = {{r[2], r[3]}};
 }
 
 // One FMA for each k, upwards from c.
-void mma(FragC& c, const FragA& a, const FragB& b);
+void mma(FragC& c, const FragA& a, const FragB& b, simt::Site site = simt::Site::current());
 
 // ---- Host
 // ---------------------------------------------------------------------------------------------------------------------------------
