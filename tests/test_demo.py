@@ -191,7 +191,7 @@ def test_the_small_glm_4_5(tmp_path: Path, snippets: list[list[int]], monkeypatc
         (["--corpus", "EMPTY"], "--corpus"),
         (["--tokens", "5"], "--tokens 5: expected at least"),
         (["--minutes", "-1"], "--minutes -1: expected 0"),
-        (["--device", "cuda"], "--device cuda: the demo runs on cpu"),
+        (["--device", "cuda:99"], "device 'cuda:99': "),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str], message: str) -> None:

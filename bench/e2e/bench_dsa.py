@@ -116,7 +116,7 @@ def test_core(benchmark, record_row, world, tokens: int, keys: int, rounds: int)
     Hi, Di, top_k = config.index_n_heads, config.index_head_dim, config.index_topk
     state, batch = cached(w, tokens, keys)
     q, index_q, weights = random(tokens, A, d), random(tokens, Hi, Di), random(tokens, Hi).float()
-    planes, where = state.layers[0].planes, batch.keys(state.layers[0])
+    planes, where = state.layers[0].planes, batch.keys(state.layers[0], state.device)
     rows = (where["block_table"][0].long()[:, None] * 64 + torch.arange(64)).flatten()[:keys]
     kv, index_k = planes["kv"][rows], planes["index_k"][rows]
     unseen = torch.arange(keys) > torch.arange(keys - tokens, keys)[:, None]
@@ -197,7 +197,8 @@ def twin(w: SimpleNamespace, state: ModelState, batch: Batch, x: torch.Tensor, c
     theirs = GlmMoeDsaAttention(config, 0).to(DTYPE).eval()
     theirs.load_state_dict(w.layer.state_dict())
     tokens, past = len(x), batch.cached_lens[0]
-    rows = (batch.keys(state.layers[0])["block_table"][0].long()[:, None] * 64 + torch.arange(64)).flatten()[:past]
+    pages = state.layers[0].block_table[0].long()
+    rows = (pages[:, None] * 64 + torch.arange(64)).flatten()[:past]
     kv, index_k = (state.layers[0].planes[name][rows] for name in ("kv", "index_k"))
     c, half = w.config.kv_lora_rank, w.config.qk_rope_head_dim // 2
     # transformers keeps rotated dims as [evens, odds].

@@ -79,7 +79,8 @@ class Bytes:
 
         def hook(_module: Any, args: tuple[Any, ...], _out: Any) -> None:
             self.total += weights
-            for n in args[2].keys(None)["seq_lens"].tolist():  # batch.seq_lens of a decode step are bounds alone
+            seq_lens = args[2].keys(None, torch.device("cpu"))["seq_lens"]  # batch.seq_lens of a decode step are bounds
+            for n in seq_lens.tolist():
                 self.total += n * row if top_k is None else n * keys + min(n, top_k) * (row - keys)
             if index == 0:
                 self.total += args[0].residual_TH.nbytes

@@ -120,17 +120,17 @@ def backend() -> str:
     return gpu if gpu is not None and native().gpu_devices() else "cpu"
 
 
-def numerics_id(dtype: str | None = None) -> str:
+def numerics_id(dtype: str | None = None, hardware: str = "x86") -> str:
     """Results under the same id may be compared bit for bit.
 
-    "x86-", then a hash of the kernels' revisions, then "-bf16" or "-fp32" if a dtype is given. Every instruction set
-    gives the same bits, so it is no part of the id.
+    "x86-" or a GPU's architecture ("sm90-"), then a hash of the kernels' revisions, then "-bf16" or "-fp32" if a dtype
+    is given. Every instruction set of x86 gives the same bits, so it is no part of the id.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}: got {dtype}")
     revisions = sorted(native().op_revisions().items())
     digest = hashlib.sha256(" ".join(f"{op}={revision}" for op, revision in revisions).encode()).hexdigest()[:12]
-    return f"x86-{digest}" if dtype is None else f"x86-{digest}-{dtype}"
+    return f"{hardware}-{digest}" if dtype is None else f"{hardware}-{digest}-{dtype}"
 
 
 def kernel_of(op: str, variant: str) -> dict[str, Any] | None:

@@ -8,7 +8,9 @@ import sys
 import numpy
 import pytest
 import torch
+from tests.played_cuda import a_card
 
+from glmx.cli import env
 from glmx.cli import main as cli
 from glmx.errors import CheckpointError
 
@@ -113,3 +115,25 @@ def test_interrupt_exits_130(monkeypatch):
 
     monkeypatch.setattr(generate, "run", interrupt)
     assert cli.main(["generate", "m", "--prompt", "x"]) == 130
+
+
+def test_the_demo_on_a_gpu_names_the_architecture_to_ask_for(tmp_path, capsys):
+    with a_card():
+        assert cli.main(["demo", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error == "glmx demo: --device cuda: glm_moe_dsa runs on cpu so far; add --arch glm4_moe\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_gpu_is_one_line(monkeypatch, capsys):
+    """torch's own message goes on for a paragraph about its allocator."""
+    words = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which 1 is free."
+    )
+
+    def fails(args):
+        raise torch.OutOfMemoryError(words)
+
+    monkeypatch.setattr(env, "run", fails)
+    assert cli.main(["env"]) == 2
+    assert capsys.readouterr().err == "glmx env: out of memory: could not allocate 2.00 GiB\n"

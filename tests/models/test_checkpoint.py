@@ -301,8 +301,8 @@ def test_values_that_overflow_the_compute_dtype(saved):
 def test_bad_arguments(saved, tmp_path):
     with pytest.raises(ValueError, match="'int3'"):
         glmx.load(saved[1], dtype="int3")
-    with pytest.raises(UnsupportedError, match="'cuda'"):
-        glmx.load(saved[1], device="cuda")
+    with pytest.raises(UnsupportedError, match="device 'cuda:99': "):
+        glmx.load(saved[1], device="cuda:99")
     with pytest.raises(CheckpointError, match="hf download zai-org/GLM-4.5 --local-dir GLM-4.5"):
         glmx.load("zai-org/GLM-4.5")
     with pytest.raises(CheckpointError, match="no directory './here'"):

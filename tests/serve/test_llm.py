@@ -440,7 +440,7 @@ def test_generate_command_json(directory, llm, capsys):
         (["{}"], "no config.json"),
         (["{}/ckpt", "--max-tokens", "0"], "max_tokens is 0"),
         (["{}/ckpt", "--temperature", "-1"], "temperature is -1.0"),
-        (["{}/ckpt", "--device", "cuda"], "'cuda'"),
+        (["{}/ckpt", "--device", "cuda:99"], "device 'cuda:99': "),
         (["{}/ckpt", "--dtype", "fp8"], "'fp8'"),
         (["{}/ckpt", "--max-tokens", "4", "--prompt", "x" * 500], "max_model_len"),
     ],

@@ -291,7 +291,8 @@ def test_command_line(raw, tmp_path, capsys):
     for arguments, words in (
         (["--optim.lrate", "1"], "did you mean 'optim.lr'"),
         (["--train.steps", "many"], "train.steps is 'many'"),
-        (["--device", "cuda"], "--device cuda"),
+        (["--device", "cuda:99"], "device 'cuda:99': "),
+        (["--device=gpu"], "device 'gpu': expected auto, cpu, cuda or cuda:N"),
         (["--train.steps", "2", "--dtype", "fp32"], "train.steps is 2, but"),
     ):
         assert main(["pretrain", str(path), *arguments]) == 2

@@ -1,5 +1,7 @@
 // gx on CUDA, host side: what the cards of this machine are.
+#include <map>
 #include <mutex>
+#include <utility>
 
 #include "gpu/gx/gx.h"
 
@@ -17,6 +19,16 @@ std::string device_name(int index) {
   cudaDeviceProp all;
   check("device", cudaGetDeviceProperties(&all, index));
   return all.name;
+}
+
+void allow_shared(const char* name, const void* kernel, size_t bytes, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::lock_guard lock(mutex);
+  size_t& limit = allowed[{kernel, device}];
+  if (bytes <= limit) return;
+  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  limit = bytes;
 }
 
 const Properties& properties(int index) {

@@ -147,12 +147,14 @@ const Properties& properties(int index);
 int device_count();  // 0 without a driver or a card
 std::string device_name(int index);
 
-// The kernel's own limit of dynamic shared memory is raised once for each (kernel, device).
+// More than 48 KB of dynamic shared memory is a kernel's to ask for, once for each device; remembered, since the driver takes its time.
+void allow_shared(const char* name, const void* kernel, size_t bytes, int device);
+
 template <class... Params, class... Args>
 inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, int block, size_t shared, const glmx::Device& device,
                    const Args&... args) {
   if (grid.x == 0 || grid.y == 0) return;
-  if (shared > 48 * 1024) check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  if (shared > 48 * 1024) allow_shared(name, reinterpret_cast<const void*>(kernel), shared, device.index);
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(device.stream)>>>(args...);
   check(name, cudaGetLastError());
 }

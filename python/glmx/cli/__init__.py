@@ -23,8 +23,12 @@ def drafts(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"expected a number or auto: got {text!r}")
 
 
+DEVICES = "auto, cpu, cuda or cuda:N (default auto: cpu)"
+
+
 def add_weight_arguments(add: Callable[..., object]) -> None:
     """How the weights are held, for commands that generate."""
     add("--no-mapped", dest="mapped", action="store_false", help="copy the weights instead of using the files in place")
+    add("--dequantize", action="store_true", help="weights in int8, int4 and fp8 become bf16, as a GPU needs them")
     add("--lock", action="store_true", help="keep the weights in memory, as far as ulimit -l allows")
     add("--check-weights", action="store_true", help="refuse weights with NaN or infinity in them")

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmx.cli import DEVICES
 from glmx.cli.demo_models import MODELS, VOCAB
 from glmx.errors import ConfigError, UnsupportedError
 
@@ -59,13 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--balance-rate", type=float, default=BALANCE_RATE, help="expert bias update rate; 0 turns it off"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
-    parser.add_argument("--device", default="auto", help="auto or cpu (default auto); GPUs are not supported yet")
+    parser.add_argument("--device", default="auto", metavar="D", help=f"{DEVICES}; a GPU takes --arch glm4_moe")
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="default auto: bf16")
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from glmx.models.device import ON_A_GPU, choose
     from glmx.train.checkpoint import lock, making
     from glmx.train.loop import pretrain
     from glmx.train.plot import require_matplotlib
@@ -74,8 +76,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--tokens {args.tokens}: expected at least one step, {MODELS[args.arch].tokens_per_step}")
     if not 0 <= args.minutes < math.inf:
         raise ConfigError(f"--minutes {args.minutes:g}: expected 0 (no bound) or more")
-    if args.device not in ("auto", "cpu"):
-        raise UnsupportedError(f"--device {args.device}: the demo runs on cpu so far (auto or cpu)")
+    device = choose(args.device)
+    if device.type == "cuda" and args.arch not in ON_A_GPU:
+        raise UnsupportedError(
+            f"--device {args.device}: {args.arch} runs on cpu so far; add --arch {' or '.join(ON_A_GPU)}"
+        )
     require_matplotlib()
     config = run_config(args)
     console = Console(highlight=False)
@@ -89,11 +94,11 @@ def run(args: argparse.Namespace) -> int:
         return 128 + signal.Signals[result.reason]
     console.rule("results")
     drafts = accepted_drafts(args, result.checkpoint)
-    speed = decoding_speed(corpus, result.checkpoint)
+    speed = decoding_speed(args, corpus, result.checkpoint)
     report(args, console, corpus, tokenizer, result, config.indexer.dense_tokens or 0, drafts, speed)
     if args.arch == "glm_moe_dsa":
         console.print(sparsity_words(args, result.checkpoint), soft_wrap=True)
-    complete(console, corpus, result.checkpoint)
+    complete(args, console, corpus, result.checkpoint)
     console.rule(f"done in {(time.monotonic() - begun) / 60:.1f} minutes")
     next_steps(args, console, result.checkpoint)
     os.close(handle)
@@ -186,6 +191,7 @@ def run_config(args: argparse.Namespace) -> PretrainConfig:
                 "seed": args.seed,
                 "minutes": args.minutes,
                 "dtype": "bf16" if args.dtype == "auto" else args.dtype,
+                "device": args.device,
             },
             "balance": {"rate": args.balance_rate},
             "checkpoint": {"every_steps": 200},
@@ -290,7 +296,7 @@ def accepted_drafts(args: argparse.Namespace, checkpoint: Path) -> Acceptance:
     import glmx
     from glmx.models.acceptance import measure
 
-    return measure(glmx.load(checkpoint), heldout_sample(args, DRAFT_PLACES), DRAFTS)
+    return measure(glmx.load(checkpoint, args.device), heldout_sample(args, DRAFT_PLACES), DRAFTS)
 
 
 def drafts_words(drafts: Acceptance) -> str:
@@ -302,12 +308,12 @@ def drafts_words(drafts: Acceptance) -> str:
     )
 
 
-def decoding_speed(corpus: Corpus, checkpoint: Path) -> Speed:
+def decoding_speed(args: argparse.Namespace, corpus: Corpus, checkpoint: Path) -> Speed:
     """Tokens per second on heads of held-out functions, with and without drafts."""
     from glmx.cli.demo_speed import measure
     from glmx.serve.llm import LLM
 
-    return measure(LLM(checkpoint, max_num_seqs=1), heldout_prompts(corpus))
+    return measure(LLM(checkpoint, device=args.device, max_num_seqs=1), heldout_prompts(corpus))
 
 
 def sparsity_words(args: argparse.Namespace, checkpoint: Path) -> str:
@@ -315,7 +321,7 @@ def sparsity_words(args: argparse.Namespace, checkpoint: Path) -> str:
     import glmx
     from glmx.models.sparsity import measure
 
-    model = glmx.load(checkpoint)
+    model = glmx.load(checkpoint, args.device)
     found, top_k = measure(model, heldout_sample(args, SPARSITY_TOKENS)), model.config.index_topk
     return (
         f"sparsity  {found.sparse_tokens / found.tokens:.0%} of {found.tokens:,} held-out tokens had more than {top_k} "
@@ -324,11 +330,11 @@ def sparsity_words(args: argparse.Namespace, checkpoint: Path) -> str:
     )
 
 
-def complete(console: Any, corpus: Corpus, checkpoint: Path) -> None:
+def complete(args: argparse.Namespace, console: Any, corpus: Corpus, checkpoint: Path) -> None:
     """One completion to read, and how many of twenty held-out completions are Python that parses."""
     from glmx.serve.llm import LLM, SamplingParams
 
-    llm = LLM(checkpoint)
+    llm = LLM(checkpoint, device=args.device)
     greedy = SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=True)
     output = llm.generate(PROMPT, greedy)[0].outputs[0]
     console.rule(f"a completion of {len(output.token_ids)} tokens, greedy")

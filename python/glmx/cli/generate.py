@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from glmx.cli import add_weight_arguments, drafts
+from glmx.cli import DEVICES, add_weight_arguments, drafts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="drafts of the MTP layer in each step, or auto; the text is the same (default 0)",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--device", default="auto", metavar="D", help=DEVICES)
     add_weight_arguments(add)
     add("--dtype", default="auto", help="auto, bf16 or fp32 (default auto: the checkpoint's)")
 
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         mapped=args.mapped,
         lock=args.lock,
         check_finite=args.check_weights,
+        dequantize=args.dequantize,
     )
     if args.json:
         (out,) = llm.generate([args.prompt], params)

@@ -85,8 +85,9 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError):  # Python's has no text, numpy's says how much
         return "out of memory" if line == "MemoryError" else f"out of memory: {line}"
     if isinstance(error, RuntimeError):  # torch's allocator raises no type of its own
-        wanted = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", line)
-        return f"out of memory: could not allocate {wanted[1]} bytes" if wanted else None
+        wanted = re.search(r"can't allocate memory: you tried to allocate (\d+ bytes)", line)
+        wanted = wanted or re.search(r"CUDA out of memory. Tried to allocate ([\d.]+ \w+)", line)
+        return f"out of memory: could not allocate {wanted[1]}" if wanted else None
     return line
 
 

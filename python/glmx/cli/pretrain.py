@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 
-from glmx.errors import UnsupportedError
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -40,9 +38,7 @@ def _spelled_out(overrides: list[str]) -> list[str]:
             value = value if equals else next(words, "")
             rest += [] if value == "auto" else ["--train.dtype", value]
         elif name == "--device":
-            value = value if equals else next(words, "")
-            if value not in ("auto", "cpu"):
-                raise UnsupportedError(f"--device {value}: pretrain runs on cpu so far (auto or cpu)")
+            rest += ["--train.device", value if equals else next(words, "")]
         else:
             rest.append(word)
     return rest

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmx.cli import add_weight_arguments, drafts
+from glmx.cli import DEVICES, add_weight_arguments, drafts
 from glmx.errors import CheckpointError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds to finish requests in on SIGTERM (default 30)",
     )
     add_weight_arguments(add)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--device", default="auto", metavar="D", help=DEVICES)
     add("--dtype", default="auto", help="auto, bf16 or fp32 (default auto: the checkpoint's)")
 
 
@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 1")
     key = _api_key(args)
+    from glmx.models.device import choose, hardware
     from glmx.serve import server
+
+    device = choose(args.device)
 
     with server.listen(args.host, args.port) as listening:
         from glmx.data.tokenizer import check_chat_template
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             llm = LLM(
                 directory,
-                device=args.device,
+                device=device,
                 dtype=args.dtype,
                 max_model_len=args.max_model_len,
                 max_num_seqs=args.max_num_seqs,
@@ -104,16 +107,17 @@ def run(args: argparse.Namespace) -> int:
                 mapped=args.mapped,
                 lock=args.lock,
                 check_finite=args.check_weights,
+                dequantize=args.dequantize,
             )
         except RuntimeError as error:  # torch has no type of its own for it on the CPU
-            if "allocate memory" not in str(error):
+            if "allocate memory" not in str(error):  # a cache is there, whatever the model's device
                 raise
             asked = f"--max-num-seqs {args.max_num_seqs}"
             raise ConfigError(f"no memory for a cache of {asked} requests: lower it, or --max-model-len") from None
         worker = Worker(llm)
         worker.start()
         name = args.served_model_name or _name(args.model)
-        numerics = runtime.numerics_id(_dtype(llm))
+        numerics = runtime.numerics_id(_dtype(llm), hardware(device))
         api = Api(llm, worker, model=name, fingerprint=numerics, api_key=key)
         _announce(args, llm, name, numerics, server.url_of(listening), key is not None)
         return server.serve(api, listening, args.drain_timeout)
@@ -149,17 +153,17 @@ def _dtype(llm: LLM) -> str:
 
 def _announce(args: argparse.Namespace, llm: LLM, name: str, numerics: str, url: str, has_key: bool) -> None:
     """The start-up print: what runs, on which kernels, and a line to try it with."""
-    from glmx import __version__, runtime
+    from glmx import __version__
+    from glmx.models.device import words
 
     config = llm.model.config
-    device = runtime.describe()["devices"][0]
     parameters = _count(config.num_parameters())
     rows = {
         "model": f"{name} ({config.model_type}, {config.num_hidden_layers} layers, {parameters} parameters)",
         "weights": _weights(args, llm),
         "dtype": f"{_dtype(llm)}, numerics {numerics}",
-        "device": f"{device['device']}: {device['name']}, threads: {device['threads']}",
-        "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in _kernels(_dtype(llm)).items()),
+        "device": words(llm.model.device),
+        "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in _kernels(llm).items()),
         "limits": f"{llm.engine.max_model_len} tokens a request, {args.max_num_seqs} requests at a time",
         "drafts": _drafts(llm),
         "API key": "required" if has_key else "none",
@@ -187,14 +191,16 @@ def _drafts(llm: LLM) -> str:
     return f"up to {policy.limit} a step, as many as pay off" if policy.adaptive else f"{policy.limit} a step"
 
 
-def _kernels(dtype: str) -> dict[str, list[str]]:
-    """Instruction set -> the ops whose kernel for this dtype is compiled for it."""
+def _kernels(llm: LLM) -> dict[str, list[str]]:
+    """Instruction set, or the GPU's name of a kernel -> the ops whose kernel for the model's dtype it is."""
     from glmx import runtime
 
     out: dict[str, list[str]] = {}
+    on_gpu = llm.model.device.type == "cuda"
     for row in runtime.native().kernel_table():
-        if row["variant"] in ("", dtype):
-            out.setdefault(row["kernel"], []).append(row["op"])
+        if row["variant"] in ("", _dtype(llm)):
+            name = f"cuda/{row['gpu']}" if on_gpu and row["gpu"] != "none" else row["kernel"]
+            out.setdefault(name, []).append(row["op"])
     return out
 
 

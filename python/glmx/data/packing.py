@@ -31,7 +31,7 @@ IGNORE = -1
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One flat micro-batch; all tensors int64 on the CPU, [T] or [S, T]. -1 marks a target that does not exist.
+    """One flat micro-batch; all tensors int64, [T] or [S, T], made on the CPU. -1 marks a target that does not exist.
 
     `next_ids` [S, T] is what MTP embeds: in step s (0 the first) the token s + 1 ahead where the document has one, else
     0, and then `mtp_targets` [S, T], the token s + 2 ahead, is -1.
@@ -48,6 +48,17 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         return self.ids.numel()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same with its tensors on `device`."""
+        return PackedBatch(
+            ids=self.ids.to(device),
+            positions=self.positions.to(device),
+            targets=self.targets.to(device),
+            next_ids=self.next_ids.to(device),
+            mtp_targets=self.mtp_targets.to(device),
+            cu_seqlens=self.cu_seqlens,
+        )
 
 
 def _batch(segments: list[tuple[np.ndarray, int, int]], mtp_steps: int = 1) -> PackedBatch:

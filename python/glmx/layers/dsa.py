@@ -111,7 +111,7 @@ class DSA(MLA):
         if state is not None:
             kv_Rd = state.append(kv=kv_Rd)["kv"]
         selection = self.select(x_TH.detach(), latent_Tq.detach(), cos_sin, batch, state, given)
-        keys, lists_Tk = batch.keys(state), selection.topk_indices
+        keys, lists_Tk = batch.keys(state, kv_Rd.device), selection.topk_indices
         if lists_Tk is None:
             attended = self.attend(q_TAd, kv_Rd, keys)
         else:
@@ -164,6 +164,6 @@ class DSA(MLA):
             return Selection(None, rows)
         top_k = min(self.top_k, max(batch.max_keys, 1))
         lists_Tk = ops.indexer_topk(
-            q_TIi.detach(), weights_TI.detach(), k_Ri.detach(), top_k=top_k, **batch.keys(state)
+            q_TIi.detach(), weights_TI.detach(), k_Ri.detach(), top_k=top_k, **batch.keys(state, k_Ri.device)
         )
         return Selection(lists_Tk, rows)

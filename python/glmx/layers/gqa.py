@@ -66,8 +66,14 @@ class GQA(nn.Module):
 def attention(
     q_TAd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, batch: Batch, state: LayerState | None
 ) -> torch.Tensor:
-    """Causal attention within each sequence, its cached keys included -> [T, A, d]."""
-    if state is not None:
-        planes = state.append(k=k_TGd, v=v_TGd)
-        k_TGd, v_TGd = planes["k"], planes["v"]
-    return ops.attention(q_TAd, k_TGd, v_TGd, **batch.keys(state))
+    """Causal attention within each sequence, its cached keys included -> [T, A, d].
+
+    Over cached keys it runs where they lie (models/device.py). Without a cache, where gradients may be asked for, it
+    stays on the model's device, whatever the op does there: with autograd's nodes on two devices the order in which
+    gradients meet, and so their bits, would be up to two threads.
+    """
+    if state is None:
+        return ops.attention(q_TAd, k_TGd, v_TGd, **batch.keys(None, q_TAd.device))
+    planes = state.append(k=k_TGd, v=v_TGd)
+    out_TAd = ops.attention(q_TAd.to(state.device), planes["k"], planes["v"], **batch.keys(state, state.device))
+    return out_TAd.to(q_TAd.device)

@@ -68,7 +68,7 @@ class MLA(nn.Module):
         kv_Rd = self.latent_rows(x_TH, cos_sin)
         if state is not None:
             kv_Rd = state.append(kv=kv_Rd)["kv"]
-        return self.output(self.attend(q_TAd, kv_Rd, batch.keys(state)).out)
+        return self.output(self.attend(q_TAd, kv_Rd, batch.keys(state, kv_Rd.device)).out)
 
     def query_latent(self, x_TH: torch.Tensor) -> torch.Tensor:
         """What the heads of queries, and of an indexer, are made from: [T, q] after its norm; x without q_lora_rank."""

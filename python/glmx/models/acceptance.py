@@ -50,9 +50,9 @@ def measure(model: Decoder, texts: Iterable[tuple[torch.Tensor, Batch]], drafts:
     """
     if drafts < 1:
         raise ValueError(f"drafts is {drafts}, expected 1 or more")
-    places, accepted_K = 0, torch.zeros(drafts, dtype=torch.int64)
+    places, accepted_K = 0, torch.zeros(drafts, dtype=torch.int64, device=model.device)
     for ids_T, batch in texts:
-        for text_T in ids_T.split(batch.q_lens):
+        for text_T in ids_T.to(model.device).split(batch.q_lens):
             places += max(len(text_T) - 1, 0)
             accepted_K += _accepted(model, text_T, drafts)
     return Acceptance(places, tuple(accepted_K.tolist()))
@@ -60,8 +60,8 @@ def measure(model: Decoder, texts: Iterable[tuple[torch.Tensor, Batch]], drafts:
 
 def _accepted(model: Decoder, ids_T: torch.Tensor, drafts: int) -> torch.Tensor:
     """int64 [K]: at how many places of one text so many drafts are accepted."""
-    T, positions_T = len(ids_T), torch.arange(len(ids_T))
-    total_K = torch.zeros(drafts, dtype=torch.int64)
+    T, positions_T = len(ids_T), torch.arange(len(ids_T), device=ids_T.device)
+    total_K = torch.zeros(drafts, dtype=torch.int64, device=ids_T.device)
     if T < 2:
         return total_K
     state = model.new_state(1 + PLACES, T + drafts)
@@ -88,7 +88,7 @@ def _accepted(model: Decoder, ids_T: torch.Tensor, drafts: int) -> torch.Tensor:
         chosen_BK = _greedy(model, hidden_TH[place_B])[:, None]
         if drafts > 1:
             batch = Batch(range(0, B * (drafts - 1) + 1, drafts - 1), [p + drafts for p in ends], forks)
-            behind_BK = place_B[:, None] + torch.arange(1, drafts)
+            behind_BK = place_B[:, None] + torch.arange(1, drafts, device=ids_T.device)
             verified_RH = model.forward_tokens(drafts_BK[:, :-1].flatten(), behind_BK.flatten(), batch, state)
             chosen_BK = torch.cat([chosen_BK, _greedy(model, verified_RH).view(B, -1)], 1)
         total_K += (drafts_BK == chosen_BK).long().cumprod(1).sum(0)

@@ -59,14 +59,16 @@ def allocate(
     mapped: Mapped | None,
     *,
     keep_small: bool,
+    device: torch.device,
 ) -> dict[str, Place]:
     """Gives every tensor of a model on the meta device its memory -> the Place of each tensor of the files.
 
     sources     the model's tensors, by name, in the checkpoint's spelling
+    device      where the memory is; StoredWeights, mapped or not, are on the CPU alone
     keep_small  weights in few bits stay so; False: they become Parameters
     Raises RuntimeError, torch's, where memory is short, and CheckpointError for a file that cannot be mapped.
     """
-    allocation = _Allocation(files, found, sources, mapped, keep_small, model.dtype)
+    allocation = _Allocation(files, found, sources, mapped, keep_small, model.dtype, device)
     allocation.give(model)
     if model.stored_weights():
         model.requires_grad_(False)
@@ -82,7 +84,10 @@ class _Allocation:
         mapped: Mapped | None,
         keep_small: bool,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        assert device.type == "cpu" or not (mapped or keep_small)
+        self._device = device
         self.places: dict[str, Place] = {}
         self._files, self._found, self._sources, self._mapped = files, found, sources, mapped
         self._keep_small = keep_small and dtype == torch.bfloat16
@@ -109,7 +114,7 @@ class _Allocation:
                     module._parameters[name] = made[id(old)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = own = torch.empty(buffer.shape, dtype=buffer.dtype)
+                    module._buffers[name] = own = torch.empty(buffer.shape, dtype=buffer.dtype, device=self._device)
                     self._receive(f"{prefix}.{name}", own)
 
     def _format(self, name: str, sources: Sequence[Source]) -> StoredFormat | None:
@@ -135,7 +140,7 @@ class _Allocation:
             if tensor is not None and tensor.dtype == old.dtype:
                 self.places[key] = Place(tensor, mapped=True)
                 return nn.Parameter(tensor, requires_grad=False)
-        new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype))  # empty_like imports sympy
+        new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype, device=self._device))  # empty_like imports sympy
         self._receive(name, new.detach())
         return new
 

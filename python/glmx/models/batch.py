@@ -80,9 +80,9 @@ class Batch:
         """The longest sequence, cached tokens included."""
         return max(self.q_lens if self.seq_lens is None else self.seq_lens, default=0)
 
-    def keys(self, state: LayerState | None) -> Keys:
-        """Keys in the pages of `state`, or without one in the batch's own rows."""
-        cu_seqlens_q, seq_lens = self._bounds
+    def keys(self, state: LayerState | None, device: torch.device) -> Keys:
+        """Keys in the pages of `state`, or without one in the batch's own rows; for attention on `device`."""
+        cu_seqlens_q, seq_lens = self._bounds_on(device)
         return {
             "cu_seqlens_q": cu_seqlens_q,
             "seq_lens": seq_lens,
@@ -90,9 +90,16 @@ class Batch:
             "block_table": None if state is None else state.block_table,
         }
 
-    @cached_property
-    def _bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _bounds_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Made once for all layers: on a GPU each of them would wait."""
         if self.bounds is not None:
             return self.bounds
-        lengths = self.q_lens if self.seq_lens is None else self.seq_lens
-        return torch.tensor(self.cu_seqlens_q, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+        if device not in self._made:
+            lengths = self.q_lens if self.seq_lens is None else self.seq_lens
+            cu_seqlens_q = torch.tensor(self.cu_seqlens_q, dtype=torch.int32, device=device)
+            self._made[device] = cu_seqlens_q, torch.tensor(lengths, dtype=torch.int32, device=device)
+        return self._made[device]
+
+    @cached_property
+    def _made(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        return {}

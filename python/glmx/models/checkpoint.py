@@ -26,6 +26,7 @@ from glmx.models import layout, stored
 from glmx.models.allocate import Place, Source, allocate
 from glmx.models.config import ModelConfig
 from glmx.models.decoder import Decoder
+from glmx.models.device import check_model, choose
 from glmx.models.fill import fill
 from glmx.models.mapped import Mapped, lock_memory
 from glmx.models.plan import weight_bytes
@@ -112,13 +113,14 @@ def load(
 ) -> Decoder:
     """Loads a Hugging Face directory into a Decoder in eval mode.
 
-    device        "auto" and "cpu"; this build computes nowhere else
+    device        "auto" (the CPU), "cpu", "cuda" or "cuda:N"; a GPU takes glm4_moe
     dtype         "auto" (the config's), "bf16", "fp32" or a torch.dtype
     dequantize    weights in INT8, INT4 and FP8 become bf16(q * scale), as training needs them and as they do in any
-                  fp32 model. Otherwise products use them as they are stored
+                  fp32 model. Otherwise products use them as they are stored, on the CPU; no GPU has kernels for it yet
     mapped        use the files in place where they hold what the model needs, and copy the rest. They are not to be
-                  cut short meanwhile, which would end the process; such a model is neither trained nor saved
-    lock          keep the weights in memory, as the system's limit (ulimit -l) allows
+                  cut short meanwhile, which would end the process; such a model is neither trained nor saved. A GPU
+                  gets copies of all, a few MB at a time
+    lock          keep the weights in memory, as the system's limit (ulimit -l) allows; on the CPU
     check_finite  also look for NaN and infinity in every tensor, as the model will hold it
     A router stored in fp32 beside bf16 weights stays fp32, as do the correction biases. Without tensors of the MTP
     layer the model has none. On a terminal a bar shows what takes longer than a second. Raises CheckpointError naming
@@ -127,14 +129,21 @@ def load(
     the config and every file's header are known to fit; then the peak is the model's own size, less what is mapped,
     and a few pieces of 4 MB.
     """
+    where = choose(device)
     directory = resolve(path)
     config = ModelConfig.from_dir(directory)
     compute = _compute_dtype(config, dtype)
-    _check_device(device)
+    check_model(where, config)
+    if lock and where.type != "cpu":
+        raise UnsupportedError(f"lock is True and device '{where}': only memory of the CPU can be locked")
     config, files, found = opened(directory, config)
+    on_cpu = where.type == "cpu"
+    if not (on_cpu or dequantize or compute == torch.float32):
+        _refuse_small(found, where, directory)
     model = Decoder(config, compute, "meta")
     _keep_fp32_routers(model, files)
-    places = _allocated(model, files, found, Mapped(files) if mapped else None, not dequantize)
+    map_them, keep_small = Mapped(files) if mapped and on_cpu else None, on_cpu and not dequantize
+    places = _allocated(model, files, found, map_them, keep_small, where)
     fill(places, _copies(model), found, files, check_finite)
     if lock:
         lock_memory(model.tensors())
@@ -192,17 +201,23 @@ def _check_tensors(model: Decoder, files: Files, found: Mapping[str, stored.Stor
 
 
 def _allocated(
-    model: Decoder, files: Files, found: Mapping[str, stored.Stored], mapped: Mapped | None, keep_small: bool
+    model: Decoder,
+    files: Files,
+    found: Mapping[str, stored.Stored],
+    mapped: Mapped | None,
+    keep_small: bool,
+    device: torch.device,
 ) -> dict[str, Place]:
     try:
-        return allocate(model, files, found, partial(_sources, files.keys), mapped, keep_small=keep_small)
+        sources = partial(_sources, files.keys)
+        return allocate(model, files, found, sources, mapped, keep_small=keep_small, device=device)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
         kept = found if keep_small else {}
         size = weight_bytes(model.config, model.dtype, kept, files) / 2**30
         raise CheckpointError(
-            f"the model takes {size:.1f} GiB in {_dtype_name(model.dtype)}, which is not free"
+            f"the model takes {size:.1f} GiB in {_dtype_name(model.dtype)}, which is not free on {device}"
         ) from None
 
 
@@ -349,9 +364,14 @@ def _compute_dtype(config: ModelConfig, dtype: str | torch.dtype) -> torch.dtype
     return chosen
 
 
-def _check_device(device: str | torch.device) -> None:
-    if str(device) not in ("auto", "cpu"):
-        raise UnsupportedError(f"device {str(device)!r} is not supported: this build of glmx computes on cpu only")
+def _refuse_small(found: Mapping[str, stored.Stored], device: torch.device, directory: Path) -> None:
+    """Refuses weights in few bits that would be computed with as they are stored, for which no GPU has kernels."""
+    for key, how in found.items():
+        if stored.stays(key):
+            raise UnsupportedError(
+                f"device '{device}': '{directory}' holds weights in {how.format} (tensor {listed([key])}), which only "
+                "the cpu computes with: use device cpu, or dequantize"
+            )
 
 
 # Writing.

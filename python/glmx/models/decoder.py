@@ -26,6 +26,7 @@ from glmx.layers.mtp import MTPLayer
 from glmx.layers.norm import RMSNorm
 from glmx.models.batch import Batch
 from glmx.models.config import ModelConfig
+from glmx.models.device import check_model
 from glmx.models.state import ModelState
 from glmx.ops.stored_weight import StoredWeight
 
@@ -84,6 +85,7 @@ class Decoder(nn.Module):
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float32")
         device = torch.device(device)
+        check_model(device, config)
         self.config = config
         self.model = Trunk(config, dtype, device)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, device)
@@ -204,11 +206,13 @@ class Decoder(nn.Module):
     ) -> Output:
         """input_ids int64 [B, T], padded on the right where `lengths` [B] says so -> Output.
 
-        With a state, row b continues its sequence b. logits_to_keep = n > 0 computes the logits of the last n
-        tokens of each row only, as [B, n, V]; a row with fewer tokens has zeros before them. Padding is never
-        computed and its logits are zero. Raises ValueError for bad arguments.
+        The ids may lie on any device, the results are on the model's. With a state, row b continues its sequence b.
+        logits_to_keep = n > 0 computes the logits of the last n tokens of each row only, as [B, n, V]; a row with fewer
+        tokens has zeros before them. Padding is never computed and its logits are zero. Raises ValueError for bad
+        arguments.
         """
         rows = _row_lengths(input_ids, lengths)
+        input_ids = input_ids.to(self.device)
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep is {logits_to_keep}, expected 0 (all) or more")
         if mtp and (state is not None or logits_to_keep):
@@ -361,6 +365,8 @@ class Decoder(nn.Module):
         for name, tensor in tensors.items():
             if tensor.shape[0] != batch.num_tokens:
                 raise ValueError(f"{name} has {tensor.shape[0]} rows, the batch {batch.num_tokens}")
+            if tensor.device != self.device:
+                raise ValueError(f"{name} is on {tensor.device}, the model on {self.device}")
             if name != "hidden_TH" and (tensor.dtype != torch.int64 or tensor.dim() != 1):
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected int64 [T]")
 
@@ -371,7 +377,7 @@ def _row_lengths(input_ids: torch.Tensor, lengths: Sequence[int] | torch.Tensor 
     B, T = input_ids.shape
     if lengths is None:
         return [T] * B
-    rows = [int(n) for n in lengths]
+    rows = lengths.tolist() if isinstance(lengths, torch.Tensor) else [int(n) for n in lengths]
     if len(rows) != B or any(not 0 <= n <= T for n in rows):
         raise ValueError(f"lengths is {rows}, expected {B} values in 0..{T}")
     return rows

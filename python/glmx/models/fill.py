@@ -73,7 +73,7 @@ def _compare(original: torch.Tensor, key: str, how: Stored | None, files: Files,
     """A quantised copy of what is not quantised is one if it is its rounding; others are equal to the bit."""
     target = original.view(-1, original.shape[-1])
     for first, rows, scale in _pieces(key, how, files, count):
-        wanted = target[first : first + len(rows)]
+        wanted = target[first : first + len(rows)].cpu()
         same = torch.equal(rows.to(wanted.dtype), wanted)
         if not same and (how is None or scale is None or not stored.rounds_to(how, rows, wanted, scale)):
             raise UnsupportedError(f"tensor {key} differs from the tensor it copies; glmx ties them")

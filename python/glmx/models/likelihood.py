@@ -40,8 +40,9 @@ def measure(model: Decoder, batches: Iterable[PackedBatch], byte_lengths: torch.
     """Over the targets of all batches that are not -1. `byte_lengths` [V]: the bytes of text of each token."""
     nats, targets, size = [], 0, 0
     for batch in batches:
-        hidden_TH = model.forward_tokens(batch.ids, batch.positions, Batch(batch.cu_seqlens))
-        logprob_T = ops.lm_head_logprob(hidden_TH, model.lm_head.weight, batch.targets).logprob
+        there = batch.to(model.device)
+        hidden_TH = model.forward_tokens(there.ids, there.positions, Batch(batch.cu_seqlens))
+        logprob_T = ops.lm_head_logprob(hidden_TH, model.lm_head.weight, there.targets).logprob
         nats.append(-math.fsum(logprob_T.tolist()))  # correctly rounded, whatever the order
         scored = batch.targets[batch.targets >= 0]
         targets += scored.numel()

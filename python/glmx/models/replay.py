@@ -115,7 +115,8 @@ class Replay:
     """
 
     def __init__(self, model: Decoder, state: ModelState, enabled: bool = True) -> None:
-        self.model, self.state, self.enabled = model, state, enabled
+        # What is recorded is calls of the CPU's kernels.
+        self.model, self.state, self.enabled = model, state, enabled and model.device.type == "cpu"
         self.replays = self.preparations = 0
         self._pool = Pool()
         self._recorded: OrderedDict[Key, tuple[_Inputs, Recorded]] = OrderedDict()
@@ -201,6 +202,7 @@ class Replay:
         starts = [lengths[slot] for slot in slots]
         ends = list(accumulate(map(len, new)))
         totals = [start + len(ids) for start, ids in zip(starts, new, strict=True)]
+        model = self.model
         rows, tables = self.state.take(slots, starts, totals, lengths)
         B, T = len(slots), ends[-1]
         # A power of two, so that few shapes serve any length. Lists of keys are as wide as the sequences may be long.
@@ -208,8 +210,8 @@ class Replay:
         longs = [i for ids in new for i in ids]
         for start, total in zip(starts, totals, strict=True):
             longs += range(start + shift, total + shift)
-        longs += rows
         longs += [end - 1 for end in ends]
+        longs += rows
         ints = [0, *ends, *totals]
         for table in tables:
             ints += table
@@ -227,17 +229,18 @@ class Replay:
 
         def call(numbers: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
             longs, ints, floats = numbers
-            widths = [T, T, T, B, drawn, drawn, drawn, verified]
-            ids_T, positions_T, slots_T, last_B, *whole, drafts_T = longs.split(widths)
-            cu_seqlens_q, seq_lens, table = ints.split([B + 1, B, B * W])
-            self.state.place(slots_T, table.view(B, W))
+            # The model has its rows, attention what says where keys are; tokens are drawn on the CPU.
+            ids_T, positions_T, last_B = longs[: 2 * T + B].to(model.device).split([T, T, B])
+            slots_T, *whole, drafts_T = longs[2 * T + B :].split([T, drawn, drawn, drawn, verified])
+            cu_seqlens_q, seq_lens, table = ints.to(self.state.device).split([B + 1, B, B * W])
+            self.state.place(slots_T.to(self.state.device), table.view(B, W))
             batch = Batch([0, *ends], [W * PAGE] * B, slots, (cu_seqlens_q, seq_lens))
             columns = dict(zip(RULES, (*whole, *floats.split([drawn] * 3)), strict=True))
 
             def draw(logits: torch.Tensor) -> torch.Tensor | None:
                 if verified:
-                    return ops.mtp_verify(drafts_T, logits, **columns, row_offsets=cu_seqlens_q).tokens
-                return ops.sample(logits, **columns) if drawn else None
+                    return ops.mtp_verify(drafts_T, logits.cpu(), **columns, row_offsets=ints[: B + 1]).tokens
+                return ops.sample(logits.cpu(), **columns) if drawn else None
 
             return compute(ids_T, positions_T, batch, last_B, draw, *tensors)
 

@@ -62,13 +62,13 @@ class Entry(NamedTuple):
 
 
 def save_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' own, with the permissions of any new file.
+    """safetensors' own, with the permissions of any new file; tensors may lie on any device.
 
     The library's own (0.8.0) can be read by their owner alone: what one user trains no other could serve.
     """
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
-    safetensors.torch.save_file(tensors, file, metadata=metadata)
+    safetensors.torch.save_file({name: tensor.cpu() for name, tensor in tensors.items()}, file, metadata=metadata)
     file.chmod(mode)
 
 

@@ -52,8 +52,8 @@ def measure(model: Decoder, texts: Iterable[tuple[torch.Tensor, Batch]]) -> Spar
         layer.observer = observe
     try:
         for ids_T, batch in texts:
-            positions_T = torch.cat([torch.arange(n) for n in batch.q_lens])
-            model.forward_tokens(ids_T, positions_T, batch)
+            positions_T = torch.cat([torch.arange(n, device=model.device) for n in batch.q_lens])
+            model.forward_tokens(ids_T.to(model.device), positions_T, batch)
             tokens += len(ids_T)
             sparse_tokens += int((positions_T >= model.config.index_topk).sum())
     finally:
@@ -64,5 +64,5 @@ def measure(model: Decoder, texts: Iterable[tuple[torch.Tensor, Batch]]) -> Spar
 
 def _window(positions_T: torch.Tensor, size: int) -> torch.Tensor:
     """int32 [T, size]: the last `size` keys that a token sees, itself included."""
-    lists_Tk = (positions_T[:, None] - size + 1).clamp(min=0) + torch.arange(size)
+    lists_Tk = (positions_T[:, None] - size + 1).clamp(min=0) + torch.arange(size, device=positions_T.device)
     return torch.where(lists_Tk <= positions_T[:, None], lists_Tk, -1).to(torch.int32)

@@ -14,6 +14,7 @@ import torch
 
 from glmx import ops
 from glmx.models.batch import Batch
+from glmx.models.device import of_attention
 from glmx.models.pages import PAGE, Changes, Pages
 
 Planes = Mapping[str, tuple[int, ...]]  # the shape of one token's row in each plane of a layer
@@ -24,7 +25,7 @@ class Placement:
     """Where the rows of the forward in progress lie; `ModelState.begin` writes it, every layer reads it."""
 
     slot_mapping: torch.Tensor  # int64 [T]: the row of each new token
-    block_table: torch.Tensor  # int32 [S, blocks]: the pages of each sequence of the batch
+    block_table: torch.Tensor  # int32 [S, blocks]: the pages of each sequence of the batch; both where the cache lies
 
 
 class LayerState:
@@ -37,6 +38,7 @@ class LayerState:
         self.planes = {
             name: torch.empty(num_pages * PAGE, *row, dtype=dtype, device=device) for name, row in planes.items()
         }
+        self.device = device
         self._placement = placement
 
     @property
@@ -45,10 +47,11 @@ class LayerState:
         return self._placement.block_table
 
     def append(self, **rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Writes the batch's rows [T, *row] of the named planes, and returns the planes. Cached rows are constants: no
-        gradient.
+        """Writes the batch's rows [T, *row] of the named planes, and returns the planes. Rows may come from another
+        device. Cached ones are constants: no gradient.
         """
         for name, new in rows.items():
+            new = new.detach().to(self.device)
             ops.cache_append(self.planes[name].flatten(1), new.flatten(1), self._placement.slot_mapping)
         return {name: self.planes[name] for name in rows}
 
@@ -69,6 +72,7 @@ class ModelState:
     mtp_lengths  [num_sequences] tokens that the MTP layer has seen; its entry t is made from token t+1 too,
                  so between steps it trails `lengths` by one or more
     A slot is taken by `allocate`, by `fork`, or by a forward that names it, and given back by `free`.
+    `device` is the model's; the rows lie where attention over them runs (models/device.py).
     """
 
     def __init__(
@@ -82,8 +86,11 @@ class ModelState:
         if num_sequences < 1 or max_tokens < 1:
             raise ValueError(f"expected num_sequences, max_tokens >= 1: got {num_sequences}, {max_tokens}")
         self.pages = Pages(num_sequences, max_tokens)
-        self._placement = Placement(torch.empty(0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.int32))
-        self.layers = [LayerState(rows, self.pages.total, self._placement, dtype, device) for rows in planes]
+        self.device = where = of_attention(device)
+        self._placement = Placement(
+            torch.empty(0, dtype=torch.int64, device=where), torch.empty(0, 0, dtype=torch.int32, device=where)
+        )
+        self.layers = [LayerState(rows, self.pages.total, self._placement, dtype, where) for rows in planes]
         self.num_sequences = num_sequences
         self.max_tokens = max_tokens
         self.lengths = [0] * num_sequences
@@ -140,8 +147,8 @@ class ModelState:
         slots, tables = self.take(batch.seq_ids, batch.cached_lens, batch.seq_lens, lengths)
         width = max(map(len, tables), default=0)
         padded = [table + [0] * (width - len(table)) for table in tables]
-        table = torch.tensor(padded, dtype=torch.int32).view(len(tables), width)
-        self.place(torch.tensor(slots, dtype=torch.int64), table)
+        table = torch.tensor(padded, dtype=torch.int32, device=self.device).view(len(tables), width)
+        self.place(torch.tensor(slots, dtype=torch.int64, device=self.device), table)
 
     def place(self, slot_mapping: torch.Tensor, block_table: torch.Tensor) -> None:
         """Tells the layers where the rows of the next forward go (see Placement)."""

@@ -443,11 +443,12 @@ class Engine:
         ids_A = torch.tensor([gained[b][j] for b, j, _, _ in asked], device=hidden_RH.device)
         top_n = max(n for _, _, _, n in asked)
         out = ops.lm_head_logprob(hidden_RH[rows], self.model.lm_head.weight, ids_A, top_n=top_n)
+        logprob_A, top_ids, top_logprobs = (x.tolist() for x in (out.logprob, out.top_ids, out.top_logprobs))
         for a, (b, j, row, n) in enumerate(asked):
             name, token, logits_V = batch[b].text.token_text, gained[b][j], logits_RV[row]
             rank = 1 + int((logits_V > logits_V[token]).sum())
-            mine = {token: Logprob(float(out.logprob[a]), rank, name(token))}
-            tops = zip(out.top_ids[a, :n].tolist(), out.top_logprobs[a, :n].tolist(), strict=True)
+            mine = {token: Logprob(logprob_A[a], rank, name(token))}
+            tops = zip(top_ids[a][:n], top_logprobs[a][:n], strict=True)
             for place, (i, logprob) in enumerate(tops, 1):
                 mine.setdefault(i, Logprob(logprob, place, name(i)))
             found[b][j] = mine

@@ -18,6 +18,7 @@ import torch
 from glmx.data.tokenizer import PREFIX, Tokenizer
 from glmx.errors import CheckpointError, UnsupportedError
 from glmx.models.checkpoint import load, resolve
+from glmx.models.device import choose
 from glmx.serve.engine import Engine, Request
 from glmx.serve.sampling import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from glmx.serve.speculation import Counters, check_drafts, speculation
@@ -40,6 +41,7 @@ class LLM:
                    be cut short meanwhile. False: copy the weights
     lock           keep the weights in memory, as the system's limit (ulimit -l) allows
     check_finite   look for NaN and infinity in the weights while they are read
+    dequantize     weights in few bits become bf16, in the memory that takes: what a GPU needs (glmx.load)
     num_speculative_tokens  drafts of the MTP layer that a step verifies, for each request: K, or "auto", as many as pay
                    off, measured; 0: none. The results are the same, to the bit
     seed           where requests without a seed of their own get one from
@@ -59,13 +61,17 @@ class LLM:
         mapped: bool = True,
         lock: bool = False,
         check_finite: bool = False,
+        dequantize: bool = False,
     ) -> None:
         check_drafts(num_speculative_tokens)
+        device = choose(device)
         directory = resolve(model)
         self.directory = directory
         has_tokenizer = (directory / "tokenizer.json").exists()
         self.tokenizer = Tokenizer.from_dir(directory) if has_tokenizer else None
-        self.model = load(directory, device, dtype, mapped=mapped, lock=lock, check_finite=check_finite)
+        self.model = load(
+            directory, device, dtype, dequantize=dequantize, mapped=mapped, lock=lock, check_finite=check_finite
+        )
         limit = self.model.config.max_position_embeddings
         if max_model_len is not None and not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}, expected 2..{limit} (max_position_embeddings)")

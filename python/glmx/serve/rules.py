@@ -1,7 +1,7 @@
 """SamplingParams of a batch as what the ops sample and mtp_verify draw their rows by.
 
 `seen` says which rows: row (b, n), for each n in seen[b], draws the token behind the first n drafts of request b. The
-rows of a batch lie one behind the other.
+rows of a batch lie one behind the other. Tokens are drawn on the CPU: no GPU has kernels for it yet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Seen = Sequence[Sequence[int]]
 
 def draw(logits_RV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Sequence[int]], seen: Seen) -> list[int]:
     """The token of each row, by its request's parameters and by its place in the sequence."""
-    return ops.sample(logits_RV, **_columns(batch, drafts, seen)).tolist()
+    return ops.sample(logits_RV.cpu(), **_columns(batch, drafts, seen)).tolist()
 
 
 def verify(logits_RV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[Sequence[int]]) -> list[int]:
@@ -31,7 +31,7 @@ def verify(logits_RV: torch.Tensor, batch: Sequence[Request], drafts: Sequence[S
     ids = torch.tensor([i for guesses in drafts for i in (*guesses, -1)])
     ends = torch.tensor([0, *accumulate(len(guesses) + 1 for guesses in drafts)], dtype=torch.int32)
     columns = _columns(batch, drafts, [range(len(guesses) + 1) for guesses in drafts])
-    return ops.mtp_verify(ids, logits_RV, **columns, row_offsets=ends).tokens.tolist()
+    return ops.mtp_verify(ids, logits_RV.cpu(), **columns, row_offsets=ends).tokens.tolist()
 
 
 def _columns(batch: Sequence[Request], drafts: Sequence[Sequence[int]], seen: Seen) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,9 @@ class ExpertLoads:
 
     def add(self, expert_counts: Sequence[Tensor]) -> None:
         """Adds one micro-batch: int32 [E] per MoE layer."""
-        new = [c.detach().to(torch.int64).cpu() for c in expert_counts]
+        # One copy of all layers from a GPU: each would wait for the work before it.
+        flat = torch.cat(list(expert_counts)).to(torch.int64).cpu() if expert_counts else torch.empty(0)
+        new = list(flat.split([c.numel() for c in expert_counts]))
         self.counts = [a + b for a, b in zip(self.counts, new, strict=True)] if self.counts else new
 
     def max_vio(self) -> list[float]:
@@ -55,7 +58,7 @@ def update_biases(biases: Sequence[Tensor], loads: ExpertLoads, rate: float) -> 
         return
     for bias, counts in zip(biases, loads.counts, strict=True):
         below_mean = torch.sign(counts.sum() - counts * counts.numel())
-        bias.add_(below_mean.to(bias) * rate)
+        bias.add_(below_mean.to(bias.device, bias.dtype) * rate)
 
 
 @torch.no_grad()
@@ -67,12 +70,15 @@ def sequence_balance(scores_TE: Tensor, topk_ids_TK: Tensor, row_lengths: Sequen
     """
     from glmx.ops import grouped_gemm, grouped_gemm_wgrad
 
-    lengths = torch.tensor(row_lengths)
-    S, E, K = len(lengths), scores_TE.shape[1], topk_ids_TK.shape[1]
-    row_T = torch.repeat_interleave(torch.arange(S), lengths)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+    device = scores_TE.device
+    lengths = torch.tensor(row_lengths, device=device)
+    S, E, K = len(row_lengths), scores_TE.shape[1], topk_ids_TK.shape[1]
+    row_T = torch.repeat_interleave(torch.arange(S, device=device), lengths, output_size=sum(row_lengths))
+    offsets = torch.tensor([0, *accumulate(row_lengths)], dtype=torch.int32, device=device)
 
-    chosen = torch.bincount((row_T[:, None] * E + topk_ids_TK).flatten(), minlength=S * E).view(S, E)
+    places = (row_T[:, None] * E + topk_ids_TK).flatten()
+    chosen = torch.zeros(S * E, dtype=torch.int64, device=device)  # integers add up the same in any order
+    chosen = chosen.scatter_add_(0, places, torch.ones_like(places)).view(S, E)
     f_SE = chosen.to(torch.float32) * (E / K) / lengths[:, None].to(torch.float32)
     scores_TE = scores_TE.contiguous()
     sums_T2 = grouped_gemm(scores_TE, torch.stack([torch.ones_like(f_SE), f_SE], dim=1), offsets)

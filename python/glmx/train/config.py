@@ -62,6 +62,7 @@ class Train(Section, frozen=True):
     micro_rows: PositiveInt = 4  # rows per forward and backward; bounds the activation memory
     seed: Count = 0  # of the initial weights and of the order of the data
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the parameters and of the computation; masters are fp32
+    device: str = "auto"  # auto (the CPU), cpu, cuda or cuda:N (glmx.models.device)
     minutes: NonNegative = 0.0  # stop cleanly after this much wall time in one invocation; 0 does not stop
 
 
@@ -167,9 +168,8 @@ def refuse_changed(saved: dict[str, Any], config: PretrainConfig) -> None:
     A key that `saved` lacks is younger than the checkpoint, which was made with its default.
     """
     defaults = PretrainConfig(model="", out="", data=Data(shards=""))
-    old, new = {**flatten(as_dict(defaults)), **flatten(saved)}, flatten(as_dict(config))
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changed = [key for key in keys if not key.startswith(FREE_ON_RESUME)]
+    old, new = _reaching({**flatten(as_dict(defaults)), **flatten(saved)}), _reaching(flatten(as_dict(config)))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         now = " and ".join(f"{key} is {new.get(key)!r}" for key in changed)
         then = " and ".join(repr(old.get(key)) for key in changed)
@@ -181,8 +181,15 @@ def refuse_changed(saved: dict[str, Any], config: PretrainConfig) -> None:
 
 def fingerprint(config: PretrainConfig) -> str:
     """Hash of every key that reaches a weight: equal for runs that must give the same bits."""
-    kept = {k: v for k, v in flatten(as_dict(config)).items() if not k.startswith(FREE_ON_RESUME)}
+    kept = _reaching(flatten(as_dict(config)))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _reaching(flat: dict[str, Any]) -> dict[str, Any]:
+    """The keys that reach a weight; of the device its kind alone (auto is the CPU)."""
+    kept = {key: value for key, value in flat.items() if not key.startswith(FREE_ON_RESUME)}
+    device = str(kept["train.device"])
+    return {**kept, "train.device": "cpu" if device == "auto" else device.partition(":")[0]}
 
 
 def known_keys(struct: type[Struct] = PretrainConfig, prefix: str = "") -> dict[str, type]:

@@ -128,7 +128,7 @@ def forward_backward(
     """
     from glmx.models.batch import Batch
 
-    batch = Batch(micro.cu_seqlens)
+    batch, micro = Batch(micro.cu_seqlens), micro.to(model.device)
     outputs: list[Tensor] = []
     grads: list[Tensor] = []
 

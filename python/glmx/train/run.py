@@ -69,11 +69,14 @@ class Run:
     def start(cls, config: PretrainConfig) -> Run:
         """Opens the data, builds or loads the model, and resumes what `out` holds. Raises before it trains, and then
         leaves no directory that it made."""
+        from glmx.models.device import choose
+
+        device = choose(config.train.device)
         out, lock = Path(config.out), -1
         try:
             with checkpoint.making(out):
                 lock = checkpoint.lock(out)
-                run = cls._prepared(config)
+                run = cls._prepared(config, device)
                 checkpoint.clean(out)
                 checkpoint.cut_log(out / "log.jsonl", run.step)
         except BaseException:
@@ -84,7 +87,7 @@ class Run:
         return run
 
     @classmethod
-    def _prepared(cls, config: PretrainConfig) -> Run:
+    def _prepared(cls, config: PretrainConfig, device: torch.device) -> Run:
         from glmx.data.packing import PackedRows
         from glmx.data.shards import TokenShards
 
@@ -106,7 +109,7 @@ class Run:
             mtp_steps=config.mtp_steps,
         )
         torch.manual_seed(train.seed)
-        model = build_model(found or Path(config.model), DTYPES[train.dtype], train.seed)
+        model = build_model(found or Path(config.model), DTYPES[train.dtype], train.seed, device)
         for data in filter(None, (shards, heldout)):
             _ = data.tokens_sha256  # reads and checks every token
             if data.vocab_size > model.config.vocab_size:
@@ -248,7 +251,7 @@ class Log:
         )
 
 
-def build_model(path: Path, dtype: torch.dtype, seed: int) -> Decoder:
+def build_model(path: Path, dtype: torch.dtype, seed: int, device: torch.device = torch.device("cpu")) -> Decoder:
     """`path` with weights: loads them. With config.json alone: fresh ones from initializer_range and seed.
 
     `path` may be another run's directory: its newest checkpoint. Raises ConfigError, CheckpointError.
@@ -262,11 +265,11 @@ def build_model(path: Path, dtype: torch.dtype, seed: int) -> Decoder:
     except CheckpointError as error:
         raise ConfigError(f"model is {str(path)!r}: {error}") from None
     if any(path.glob("*.safetensors*")):  # the files, or an index of files that load will miss by name
-        return load(path, dtype=dtype, dequantize=True)
+        return load(path, device, dtype, dequantize=True)
     if not (path / "config.json").is_file():
         raise ConfigError(f"model is {str(path)!r}: no config.json there; expected a Hugging Face directory")
     config = dataclasses.replace(ModelConfig.from_dir(path), dtype=str(dtype).removeprefix("torch."))
-    model = Decoder(config, dtype, "cpu")
+    model = Decoder(config, dtype, device)
     model.init_weights(seed)
     return model
 
