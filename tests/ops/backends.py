@@ -1,7 +1,7 @@
 """Whose kernels the op tests run, and what is then not theirs to test.
 
-Under GLMX_BACKEND=simt CPU tensors run the GPU's kernels. Every op has one arithmetic tree for all backends, so the tests
-of bits hold there too, golden bits and all; but products of bf16 are summed by matrix units, in an order of their own.
+Under GLMX_BACKEND=simt CPU tensors run the GPU's kernels. Every op has one arithmetic tree for all backends, so the
+tests of bits hold there too, golden bits and all; but products of bf16 are summed by matrix units, in their own order.
 """
 
 from __future__ import annotations
