@@ -31,13 +31,21 @@ def run(tmp_path_factory) -> tuple[pathlib.Path, str]:
     return folder / "run", example("pretrain", *options)
 
 
-def test_moe_block_learns_and_keeps_its_promises():
+def test_moe_block_matches_transformers_learns_and_keeps_its_promises():
     out = example("moe_block")
+    away = re.findall(r"transformers' Glm4MoeMoE, (\w+) +[\w ]+? +differs by (\S+) of the norm", out)
+    assert len(away) == 8 and all(float(share) <= (1e-5 if dtype == "float32" else 2e-2) for dtype, share in away), out
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
     assert losses[-1] < 0.7 * losses[0], out
     busiest = [float(ratio) for ratio in re.findall(r"busiest expert ([\d.]+)", out)]
     assert busiest[-1] < 1.5, out
     assert out.count("True") == 2 and "False" not in out, out
+
+
+def test_ops_take_arrays_of_cupy_or_numpy():
+    out = example("cupy_arrays")
+    assert re.search(r"^(cupy|numpy): ndarray \(33, 256\)", out, re.MULTILINE), out
+    assert "skipped: CuPy" in out or "the same bits on another stream: True" in out, out
 
 
 def test_a_needle_is_found_by_a_trained_indexer_alone():

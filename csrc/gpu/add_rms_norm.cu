@@ -6,7 +6,7 @@
 // Algorithm  one block = one to eight rows; a thread adds two pieces of 16 bytes at a time, so that four loads are in flight
 // Work/bytes 5*T*H flop; 4*T*H elements: bound by memory
 // Measured   not measured on hardware
-// Limits     H >= 1; host checks in ops/add_rms_norm.cpp. Rows beyond 48 KB are not staged
+// Limits     H >= 1; host checks in ops/add_rms_norm.cpp. Rows beyond 46 KB are not staged
 #include "gpu/gx/gx.h"
 #include "gpu/kernels.h"
 #include "gpu/rms_row.h"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kAhead = 2;  // pieces whose loads come before the first store: the compiler may not move loads over stores by itself
 
-template <class T>
+template <class T, bool kWide>
 __global__ void __launch_bounds__(kNormThreads) add_rms_norm_rows(AddRmsNormParams p, NormPlan plan) {
   GX_DYNAMIC_SHARED(T, stage);
   const int64_t first = int64_t{blockIdx.x} * plan.rows;
@@ -36,32 +36,34 @@ __global__ void __launch_bounds__(kNormThreads) add_rms_norm_rows(AddRmsNormPara
       i[k] = (own - row[k] * pieces) * kPiece<T>;
       n[k] = plan.H - i[k] < kPiece<T> ? plan.H - i[k] : kPiece<T>;
       const int64_t at = int64_t{row[k]} * plan.H + i[k];
-      a[k] = load_piece(residual + at, n[k], plan.wide);
-      b[k] = load_piece(x + at, n[k], plan.wide);
+      a[k] = load_piece<kWide>(residual + at, n[k]);
+      b[k] = load_piece<kWide>(x + at, n[k]);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       if (cell + k * kNormThreads >= cells) break;
 #pragma unroll
       for (int j = 0; j < kPiece<T>; ++j) a[k].v[j] = a[k].v[j] + b[k].v[j];
-      store_piece(total + int64_t{row[k]} * plan.H + i[k], a[k], n[k], plan.wide);
-      if (plan.staged) store_piece(stage + row[k] * sums.stride + i[k], a[k], n[k], plan.wide);
+      store_piece<kWide>(total + int64_t{row[k]} * plan.H + i[k], a[k], n[k]);
+      if (plan.staged) store_piece<kWide>(stage + row[k] * sums.stride + i[k], a[k], n[k]);
     }
   }
   gx::barrier();
   float* rstd = p.rstd == nullptr ? nullptr : p.rstd + first;
-  normalise_rows(sums, static_cast<const T*>(p.weight), static_cast<T*>(p.y) + first * p.H, rstd, rows, p.eps, plan);
+  normalise_rows<kWide>(sums, static_cast<const T*>(p.weight), static_cast<T*>(p.y) + first * p.H, rstd, rows, p.eps, plan);
 }
 
-template <class T>
+template <class T, bool kWide>
 void run(const AddRmsNormParams& p) {
-  const bool wide = wide_rows(p.H * int64_t{sizeof(T)}, p.x, p.residual, p.weight, p.y, p.residual_out);
-  const NormPlan plan = plan_rows<T>("add_rms_norm", p.T, p.H, 1, wide);
-  gx::launch("add_rms_norm", add_rms_norm_rows<T>, plan.grid, kNormThreads, plan.shared, p.device, p, plan);
+  const NormPlan plan = plan_rows<T>("add_rms_norm", p.T, p.H, 1);
+  gx::launch("add_rms_norm", add_rms_norm_rows<T, kWide>, plan.grid, kNormThreads, plan.shared, p.device, p, plan);
 }
 
 }  // namespace
 
-void add_rms_norm(const AddRmsNormParams& p) { p.dtype == DType::bf16 ? run<uint16_t>(p) : run<float>(p); }
+void add_rms_norm(const AddRmsNormParams& p) {
+  const bool wide = wide_rows(p.H * dtype_size(p.dtype), p.x, p.residual, p.weight, p.y, p.residual_out);
+  pick_rows(p.dtype, wide, [&](auto type, auto is_wide) { run<decltype(type), is_wide>(p); });
+}
 
 }  // namespace glmx::gpu

@@ -7,7 +7,7 @@
 //            d_weight and d_bias of a piece of columns over 64 rows, and a last launch adds those blocks in order, a thread for each column
 // Work/bytes 8*T*H flop; 2*T*H elements forward, 5*T*H backward (x and dy are read again for the weights): bound by memory
 // Measured   not measured on hardware
-// Limits     H >= 1; host checks in ops/layer_norm.cpp. Rows beyond 48 KB (backward: 24 KB) are not staged
+// Limits     H >= 1; host checks in ops/layer_norm.cpp. Rows beyond 46 KB (backward: 23 KB) are not staged
 #include "gpu/block_sums.h"
 #include "gpu/gx/gx.h"
 #include "gpu/kernels.h"
@@ -16,14 +16,14 @@
 namespace glmx::gpu {
 namespace {
 
-template <class T>
+template <class T, bool kWide>
 __global__ void __launch_bounds__(kNormThreads) layer_norm_rows(LayerNormParams p, NormPlan plan) {
   GX_DYNAMIC_SHARED(T, stage);
   __shared__ float shift[kHalfTeams], scale[kHalfTeams];
   const int64_t first = int64_t{blockIdx.x} * plan.rows;
   const int rows = rows_here(p.T, plan);
   const T *weight = static_cast<const T*>(p.weight), *bias = static_cast<const T*>(p.bias);
-  const Rows<T> x = stage_rows(stage, static_cast<const T*>(p.x) + first * p.H, rows, plan);
+  const Rows<T> x = stage_rows<kWide>(stage, static_cast<const T*>(p.x) + first * p.H, rows, plan);
   finish_stage();
   each_row(rows, [&](int r, bool write) {
     const T* row = x.row(r);
@@ -44,24 +44,24 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_rows(LayerNormParams 
   gx::barrier();
   T* y = static_cast<T*>(p.y) + first * p.H;
   each_piece<T>(rows, plan.H, [&](int r, int i, int n) {
-    Piece<T> a = load_piece(x.row(r) + i, n, plan.wide);
-    const Piece<T> w = load_piece(weight + i, n, plan.wide), b = load_piece(bias + i, n, plan.wide);
+    Piece<T> a = load_piece<kWide>(x.row(r) + i, n);
+    const Piece<T> w = load_piece<kWide>(weight + i, n), b = load_piece<kWide>(bias + i, n);
 #pragma unroll
     for (int j = 0; j < kPiece<T>; ++j) a.v[j] = gx::fma((a.v[j] - shift[r]) * scale[r], w.v[j], b.v[j]);
-    store_piece(y + int64_t{r} * plan.H + i, a, n, plan.wide);
+    store_piece<kWide>(y + int64_t{r} * plan.H + i, a, n);
   });
 }
 
 // With g = dy * weight and n = (x - mean) * rstd:  dx = rstd * (g - mean(g) - n * mean(g * n)),  d_weight += dy * n,  d_bias += dy.
-template <class T>
+template <class T, bool kWide>
 __global__ void __launch_bounds__(kNormThreads) layer_norm_backward_rows(LayerNormBackwardParams p, NormPlan plan) {
   GX_DYNAMIC_SHARED(T, stage);
   __shared__ float mean_g[kHalfTeams], mean_gn[kHalfTeams];
   const int64_t first = int64_t{blockIdx.x} * plan.rows;
   const int rows = rows_here(p.T, plan);
   const T* weight = static_cast<const T*>(p.weight);
-  const Rows<T> x = stage_rows(stage, static_cast<const T*>(p.x) + first * p.H, rows, plan);
-  const Rows<T> dy = stage_rows(stage + plan.rows * x.stride, static_cast<const T*>(p.dy) + first * p.H, rows, plan);
+  const Rows<T> x = stage_rows<kWide>(stage, static_cast<const T*>(p.x) + first * p.H, rows, plan);
+  const Rows<T> dy = stage_rows<kWide>(stage + plan.rows * x.stride, static_cast<const T*>(p.dy) + first * p.H, rows, plan);
   finish_stage();
   each_row(rows, [&](int r, bool write) {
     const T *x_row = x.row(r), *dy_row = dy.row(r);
@@ -83,36 +83,34 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_backward_rows(LayerNo
   T* dx = static_cast<T*>(p.dx) + first * p.H;
   each_piece<T>(rows, plan.H, [&](int r, int i, int n) {
     const float mean = p.mean[first + r], rstd = p.rstd[first + r];
-    const Piece<T> a = load_piece(x.row(r) + i, n, plan.wide), w = load_piece(weight + i, n, plan.wide);
-    Piece<T> grad = load_piece(dy.row(r) + i, n, plan.wide);
+    const Piece<T> a = load_piece<kWide>(x.row(r) + i, n), w = load_piece<kWide>(weight + i, n);
+    Piece<T> grad = load_piece<kWide>(dy.row(r) + i, n);
 #pragma unroll
     for (int j = 0; j < kPiece<T>; ++j) {
       const float normed = (a.v[j] - mean) * rstd;
       grad.v[j] = rstd * ((grad.v[j] * w.v[j] - mean_g[r]) - normed * mean_gn[r]);
     }
-    store_piece(dx + int64_t{r} * plan.H + i, grad, n, plan.wide);
+    store_piece<kWide>(dx + int64_t{r} * plan.H + i, grad, n);
   });
 }
 
 // partial[block] = sums of dy * n, then of dy, over the block's 64 rows in order, for this thread's piece of columns.
-template <class T>
-__global__ void __launch_bounds__(kSumThreads) layer_norm_columns(LayerNormBackwardParams p, bool wide) {
+template <class T, bool kWide>
+__global__ void __launch_bounds__(kSumThreads) layer_norm_columns(LayerNormBackwardParams p) {
   const int64_t i = (int64_t{blockIdx.y} * kSumThreads + threadIdx.x) * kPiece<T>;
   if (i >= p.H) return;
   const int n = p.H - i < kPiece<T> ? static_cast<int>(p.H - i) : kPiece<T>;
   const int64_t begin = int64_t{blockIdx.x} * kNormRows, end = begin + kNormRows < p.T ? begin + kNormRows : p.T;
   const T *x = static_cast<const T*>(p.x) + i, *dy = static_cast<const T*>(p.dy) + i;
   float weight[kPiece<T>] = {}, bias[kPiece<T>] = {};
-#pragma unroll 4
-  for (int64_t t = begin; t < end; ++t) {
-    const Piece<T> a = load_piece(x + t * p.H, n, wide), grad = load_piece(dy + t * p.H, n, wide);
+  each_row_down<kWide>(x, dy, p.H, begin, end, n, [&](int64_t t, const Piece<T>& a, const Piece<T>& grad) {
     const float mean = p.mean[t], rstd = p.rstd[t];
 #pragma unroll
     for (int j = 0; j < kPiece<T>; ++j) {
       weight[j] = gx::fma(grad.v[j], (a.v[j] - mean) * rstd, weight[j]);
       bias[j] = bias[j] + grad.v[j];
     }
-  }
+  });
   float* partial = p.partial + blockIdx.x * 2 * p.H + i;
 #pragma unroll
   for (int j = 0; j < kPiece<T>; ++j) {
@@ -122,29 +120,33 @@ __global__ void __launch_bounds__(kSumThreads) layer_norm_columns(LayerNormBackw
   }
 }
 
-template <class T>
+template <class T, bool kWide>
 void forward(const LayerNormParams& p) {
-  const bool wide = wide_rows(p.H * int64_t{sizeof(T)}, p.x, p.weight, p.bias, p.y);
-  const NormPlan plan = plan_rows<T>("layer_norm", p.T, p.H, 1, wide);
-  gx::launch("layer_norm", layer_norm_rows<T>, plan.grid, kNormThreads, plan.shared, p.device, p, plan);
+  const NormPlan plan = plan_rows<T>("layer_norm", p.T, p.H, 1);
+  gx::launch("layer_norm", layer_norm_rows<T, kWide>, plan.grid, kNormThreads, plan.shared, p.device, p, plan);
 }
 
-template <class T>
+template <class T, bool kWide>
 void backward(const LayerNormBackwardParams& p) {
   constexpr const char* kName = "layer_norm_backward";
-  const bool wide = wide_rows(p.H * int64_t{sizeof(T)}, p.x, p.dy, p.weight, p.dx);
-  const NormPlan plan = plan_rows<T>(kName, p.T, p.H, 2, wide);
-  gx::launch(kName, layer_norm_backward_rows<T>, plan.grid, kNormThreads, plan.shared, p.device, p, plan);
+  const NormPlan plan = plan_rows<T>(kName, p.T, p.H, 2);
+  gx::launch(kName, layer_norm_backward_rows<T, kWide>, plan.grid, kNormThreads, plan.shared, p.device, p, plan);
   const int64_t blocks = pieces_of(p.T, kNormRows);
   const dim3 columns(static_cast<unsigned>(blocks), static_cast<unsigned>(pieces_of(p.H, kSumThreads * kPiece<T>)));
-  gx::launch(kName, layer_norm_columns<T>, columns, kSumThreads, 0, p.device, p, wide);
+  gx::launch(kName, layer_norm_columns<T, kWide>, columns, kSumThreads, 0, p.device, p);
   const BlockSums sums{p.partial, blocks, 2 * p.H, p.H, {p.d_weight, p.d_bias}, {p.accumulate_weight, p.accumulate_bias}};
   gx::launch(kName, sum_blocks, dim3(static_cast<unsigned>(pieces_of(p.H, kSumThreads)), 2), kSumThreads, 0, p.device, sums);
 }
 
 }  // namespace
 
-void layer_norm(const LayerNormParams& p) { p.dtype == DType::bf16 ? forward<uint16_t>(p) : forward<float>(p); }
-void layer_norm_backward(const LayerNormBackwardParams& p) { p.dtype == DType::bf16 ? backward<uint16_t>(p) : backward<float>(p); }
+void layer_norm(const LayerNormParams& p) {
+  const bool wide = wide_rows(p.H * dtype_size(p.dtype), p.x, p.weight, p.bias, p.y);
+  pick_rows(p.dtype, wide, [&](auto type, auto is_wide) { forward<decltype(type), is_wide>(p); });
+}
+void layer_norm_backward(const LayerNormBackwardParams& p) {
+  const bool wide = wide_rows(p.H * dtype_size(p.dtype), p.x, p.dy, p.weight, p.dx);
+  pick_rows(p.dtype, wide, [&](auto type, auto is_wide) { backward<decltype(type), is_wide>(p); });
+}
 
 }  // namespace glmx::gpu

@@ -11,15 +11,15 @@ namespace glmx::gpu {
 namespace {
 
 constexpr int kNormThreads = 128, kHalfTeams = kNormThreads / gx::kRowLanes;
-// Shared memory: what a block stages at most (every GPU grants a block 48 KB unasked), and what several rows together may take, so that a
-// multiprocessor holds ten or more blocks.
-constexpr int64_t kStageMost = 48 * 1024, kStageRows = 16 * 1024;
+// Shared memory: what a block stages at most (every GPU grants a block 48 KB unasked; the last one holds what is static, padded to the
+// alignment of what is not), and what several rows together may take, so that a multiprocessor holds ten or more blocks.
+constexpr int64_t kStageMost = 47 * 1024, kStageRows = 16 * 1024;
 // Few rows are spread over about this many blocks, one for each multiprocessor, before blocks own several.
 constexpr int64_t kSpread = 128;
 
 struct NormPlan {
   int rows, H;
-  bool staged, wide;
+  bool staged;
   size_t shared;
   dim3 grid;
 };
@@ -27,19 +27,15 @@ struct NormPlan {
 // `tensors`: how many rows are staged for each row of the op. Sixteen elements between rows put the rows of a team's halves in different
 // banks, and keep the rows aligned.
 template <class T>
-NormPlan plan_rows(const char* op, int64_t T_, int64_t H, int tensors, bool wide) {
-  GLMX_CHECK(H < INT32_MAX / 2 && T_ < INT32_MAX, op, ": expected fewer than 2^30 columns and 2^31 rows: got ", H, " and ", T_);
+NormPlan plan_rows(const char* op, int64_t count, int64_t H, int tensors) {
+  GLMX_CHECK(H < INT32_MAX / 2 && count < INT32_MAX, op, ": expected fewer than 2^30 columns and 2^31 rows: got ", H, " and ", count);
   const int64_t row_bytes = tensors * (H + gx::kRowLanes) * int64_t{sizeof(T)};
   int64_t rows = kStageRows / row_bytes < kHalfTeams ? kStageRows / row_bytes : kHalfTeams;
-  rows = rows < T_ / kSpread ? rows : T_ / kSpread;
+  rows = rows < count / kSpread ? rows : count / kSpread;
   rows = rows < 1 ? 1 : rows;
   const bool staged = row_bytes <= kStageMost;
-  return {static_cast<int>(rows),
-          static_cast<int>(H),
-          staged,
-          wide,
-          staged ? static_cast<size_t>(rows * row_bytes) : 0,
-          dim3(static_cast<unsigned>(pieces_of(T_, rows)))};
+  return {static_cast<int>(rows), static_cast<int>(H), staged, staged ? static_cast<size_t>(rows * row_bytes) : 0,
+          dim3(static_cast<unsigned>(pieces_of(count, rows)))};
 }
 
 // Rows that a block owns: staged in shared memory or where they lie.
@@ -61,14 +57,14 @@ __device__ inline void each_piece(int rows, int H, F f) {
 }
 
 // Begins to copy `rows` rows at `from` into `stage`; finish_stage waits for all copies of the block.
-template <class T>
+template <bool kWide, class T>
 __device__ inline Rows<T> stage_rows(T* stage, const T* from, int rows, const NormPlan& plan) {
   if (!plan.staged) return {from, plan.H};
   const int64_t stride = plan.H + gx::kRowLanes;
   each_piece<T>(rows, plan.H, [&](int r, int i, int n) {
     T* to = stage + r * stride + i;
     const T* at = from + int64_t{r} * plan.H + i;
-    if (plan.wide) {
+    if constexpr (kWide) {
       gx::copy_async16(to, at, true);
     } else {
       for (int j = 0; j < n; ++j) to[j] = at[j];
@@ -110,7 +106,7 @@ __device__ inline float load_link(const T* row, int i, bool inside, float outsid
 __device__ inline float reciprocal_root(float mean_plus_eps) { return 1.0f / gx::sqrt(mean_plus_eps); }
 
 // rms_norm of rows that are staged: y = weight * round(x * rstd). All threads of the block call it after finish_stage.
-template <class T>
+template <bool kWide, class T>
 __device__ inline void normalise_rows(Rows<T> x, const T* weight, T* y, float* rstd, int rows, float eps, const NormPlan& plan) {
   __shared__ float scale[kHalfTeams];
   each_row(rows, [&](int r, bool write) {
@@ -127,11 +123,11 @@ __device__ inline void normalise_rows(Rows<T> x, const T* weight, T* y, float* r
   });
   gx::barrier();
   each_piece<T>(rows, plan.H, [&](int r, int i, int n) {
-    Piece<T> a = load_piece(x.row(r) + i, n, plan.wide);
-    const Piece<T> w = load_piece(weight + i, n, plan.wide);
+    Piece<T> a = load_piece<kWide>(x.row(r) + i, n);
+    const Piece<T> w = load_piece<kWide>(weight + i, n);
 #pragma unroll
     for (int j = 0; j < kPiece<T>; ++j) a.v[j] = w.v[j] * gx::round_to<T>(a.v[j] * scale[r]);
-    store_piece(y + int64_t{r} * plan.H + i, a, n, plan.wide);
+    store_piece<kWide>(y + int64_t{r} * plan.H + i, a, n);
   });
 }
 

@@ -111,31 +111,31 @@ __global__ void __launch_bounds__(kAngleThreads) cos_sin_cells(RopeCosSinParams 
   }
 }
 
-// The first n fp32 at p, zeros behind them. `wide`: p is aligned to 16 bytes where N is a multiple of 4, and n is N.
-template <int N>
-__device__ inline void load_angles(const float* p, int n, bool wide, float (&v)[N]) {
-  if (wide && N % 4 == 0) {
+// The first n fp32 at p, zeros behind them. kWide: p is aligned to 16 bytes where N is a multiple of 4, and n is N.
+template <bool kWide, int N>
+__device__ inline void load_angles(const float* p, int n, float (&v)[N]) {
+  if constexpr (kWide && N % 4 == 0) {
 #pragma unroll
     for (int j = 0; j + 4 <= N; j += 4) {
       const Piece<float> four = unpack(gx::load16(p + j), p);
 #pragma unroll
       for (int k = 0; k < 4; ++k) v[j + k] = four.v[k];
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < N; ++j) v[j] = j < n ? p[j] : 0.0f;
+    for (int j = 0; j < N; ++j) v[j] = j < n ? p[j] : 0.0f;
+  }
 }
 
 // a' = a cos - b sin,  b' = b cos + a sin, for pairs [i, i + n) of a head
-template <class T>
-__device__ inline void rotate_halves(const RopeParams& p, int64_t t, int64_t head, int64_t i, int n, bool wide) {
+template <class T, bool kWide>
+__device__ inline void rotate_halves(const RopeParams& p, int64_t t, int64_t head, int64_t i, int n) {
   constexpr int kN = kPiece<T>;
   float c[kN], s[kN];
-  load_angles(p.cos + t * p.half + i, n, wide, c);
-  load_angles(p.sin + t * p.half + i, n, wide, s);
+  load_angles<kWide>(p.cos + t * p.half + i, n, c);
+  load_angles<kWide>(p.sin + t * p.half + i, n, s);
   const T* x = static_cast<const T*>(p.x) + head + i;
-  Piece<T> a = load_piece(x, n, wide), b = load_piece(x + p.half, n, wide);
+  Piece<T> a = load_piece<kWide>(x, n), b = load_piece<kWide>(x + p.half, n);
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     const float cosine = gx::round_to<T>(c[j]), rounded = gx::round_to<T>(s[j]), sine = p.inverse ? 0.0f - rounded : rounded;
@@ -144,31 +144,31 @@ __device__ inline void rotate_halves(const RopeParams& p, int64_t t, int64_t hea
     b.v[j] = gx::round_to<T>(second * cosine) + gx::round_to<T>(first * sine);
   }
   T* y = static_cast<T*>(p.y) + head + i;
-  store_piece(y, a, n, wide);
-  store_piece(y + p.half, b, n, wide);
+  store_piece<kWide>(y, a, n);
+  store_piece<kWide>(y + p.half, b, n);
 }
 
 // The same on neighbours, y = x cos + swap(x) (-sin, sin), for elements [i, i + n) of a head; i and n are even.
-template <class T>
-__device__ inline void rotate_neighbours(const RopeParams& p, int64_t t, int64_t head, int64_t i, int n, bool wide) {
+template <class T, bool kWide>
+__device__ inline void rotate_neighbours(const RopeParams& p, int64_t t, int64_t head, int64_t i, int n) {
   constexpr int kN = kPiece<T>;
   const float sign = p.inverse ? -1.0f : 1.0f;
   float c[kN / 2], s[kN / 2];
-  load_angles(p.cos + t * p.half + i / 2, n / 2, wide, c);
-  load_angles(p.sin + t * p.half + i / 2, n / 2, wide, s);
-  const Piece<T> a = load_piece(static_cast<const T*>(p.x) + head + i, n, wide);
+  load_angles<kWide>(p.cos + t * p.half + i / 2, n / 2, c);
+  load_angles<kWide>(p.sin + t * p.half + i / 2, n / 2, s);
+  const Piece<T> a = load_piece<kWide>(static_cast<const T*>(p.x) + head + i, n);
   Piece<T> out;
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     const float cosine = gx::round_to<T>(c[j / 2]), sine = gx::round_to<T>(s[j / 2] * (j % 2 == 0 ? -sign : sign));
     out.v[j] = gx::round_to<T>(a.v[j] * cosine) + gx::round_to<T>(a.v[j ^ 1] * sine);
   }
-  store_piece(static_cast<T*>(p.y) + head + i, out, n, wide);
+  store_piece<kWide>(static_cast<T*>(p.y) + head + i, out, n);
 }
 
 // The pieces of a head: `turned` of them rotate, the rest are copied bit for bit.
-template <class T>
-__global__ void __launch_bounds__(kCutThreads) rope_pieces(RopeParams p, Cut cut, int turned, int of_head, bool wide) {
+template <class T, bool kWide>
+__global__ void __launch_bounds__(kCutThreads) rope_pieces(RopeParams p, Cut cut, int turned, int of_head) {
   Place at;
   if (!find_place(cut, p.T, at)) return;
   const int h = at.piece / of_head, piece = at.piece - h * of_head;
@@ -176,31 +176,29 @@ __global__ void __launch_bounds__(kCutThreads) rope_pieces(RopeParams p, Cut cut
   if (piece < turned) {
     const int64_t i = int64_t{piece} * kPiece<T>;
     if (p.interleaved) {
-      rotate_neighbours<T>(p, at.row, head, i, piece_length<T>(2 * p.half, piece), wide);
+      rotate_neighbours<T, kWide>(p, at.row, head, i, piece_length<T>(2 * p.half, piece));
     } else {
-      rotate_halves<T>(p, at.row, head, i, piece_length<T>(p.half, piece), wide);
+      rotate_halves<T, kWide>(p, at.row, head, i, piece_length<T>(p.half, piece));
     }
     return;
   }
   const int64_t rest = p.D - 2 * p.half, i = head + 2 * p.half + int64_t{piece - turned} * kPiece<T>;
   const T* from = static_cast<const T*>(p.x) + i;
   T* to = static_cast<T*>(p.y) + i;
-  if (wide) {
+  if constexpr (kWide) {
     gx::store16(to, gx::load16(from));
-    return;
+  } else {
+    for (int j = 0; j < piece_length<T>(rest, piece - turned); ++j) to[j] = from[j];
   }
-  for (int j = 0; j < piece_length<T>(rest, piece - turned); ++j) to[j] = from[j];
 }
 
-template <class T>
+template <class T, bool kWide>
 void rotate(const RopeParams& p) {
   const int64_t turned = pieces_of(p.interleaved ? 2 * p.half : p.half, kPiece<T>);
   const int64_t of_head = turned + (p.x == p.y ? 0 : pieces_of(p.D - 2 * p.half, kPiece<T>));
   const Cut cut = cut_rows("rope", p.T, p.A * of_head);
-  const int64_t size = sizeof(T), turned_bytes = (p.interleaved ? 2 * p.half : p.half) * size;
-  // The angles of a piece are as long as it, or half as long where neighbours share them: their rows are aligned when its own are.
-  const bool wide = wide_rows(p.D * size, p.x, p.y, p.cos, p.sin) && turned_bytes % 16 == 0;
-  gx::launch("rope", rope_pieces<T>, cut.grid, cut.threads, 0, p.device, p, cut, static_cast<int>(turned), static_cast<int>(of_head), wide);
+  gx::launch("rope", rope_pieces<T, kWide>, cut.grid, cut.threads, 0, p.device, p, cut, static_cast<int>(turned),
+             static_cast<int>(of_head));
 }
 
 }  // namespace
@@ -210,6 +208,11 @@ void rope_cos_sin(const RopeCosSinParams& p) {
   gx::launch("rope_cos_sin", cos_sin_cells, grid, kAngleThreads, 0, p.device, p);
 }
 
-void rope(const RopeParams& p) { p.dtype == DType::bf16 ? rotate<uint16_t>(p) : rotate<float>(p); }
+void rope(const RopeParams& p) {
+  const int64_t size = dtype_size(p.dtype), turned_bytes = (p.interleaved ? 2 * p.half : p.half) * size;
+  // The angles of a piece are as long as it, or half as long where neighbours share them: their rows are aligned when its own are.
+  const bool wide = wide_rows(p.D * size, p.x, p.y, p.cos, p.sin) && turned_bytes % 16 == 0;
+  pick_rows(p.dtype, wide, [&](auto type, auto is_wide) { rotate<decltype(type), is_wide>(p); });
+}
 
 }  // namespace glmx::gpu

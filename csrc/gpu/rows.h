@@ -1,9 +1,11 @@
-// What kernels that walk rows of model dtype share: pieces of 16 bytes, and how a grid is cut over rows and pieces. Included by kernel
-// files inside namespace glmx::gpu's own files alone: everything here has internal linkage.
+// What kernels that walk rows of model dtype share: pieces of 16 bytes, and how a grid is cut over rows and pieces.
+// Included by kernel files alone; everything here has internal linkage.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "core/check.h"
+#include "glmx/dtype.h"
 #include "gpu/gx/gx.h"
 
 namespace glmx::gpu {
@@ -45,24 +47,28 @@ __device__ inline gx::Vec16 pack(const Piece<uint16_t>& a) {
   return raw;
 }
 
-// The first n elements at p, zeros behind them. `wide`: p is aligned to 16 bytes and n is kPiece.
-template <class T>
-__device__ inline Piece<T> load_piece(const T* p, int n, bool wide) {
-  if (wide) return unpack(gx::load16(p), p);
-  Piece<T> a;
+// The first n elements at p, zeros behind them. kWide: p is aligned to 16 bytes and n is kPiece. It is a constant of a kernel, because a
+// branch around each load would keep the loads of a thread from being in flight together.
+template <bool kWide, class T>
+__device__ inline Piece<T> load_piece(const T* p, int n) {
+  if constexpr (kWide) {
+    return unpack(gx::load16(p), p);
+  } else {
+    Piece<T> a;
 #pragma unroll
-  for (int j = 0; j < kPiece<T>; ++j) a.v[j] = j < n ? gx::load(p + j) : 0.0f;
-  return a;
-}
-template <class T>
-__device__ inline void store_piece(T* p, const Piece<T>& a, int n, bool wide) {
-  if (wide) {
-    gx::store16(p, pack(a));
-    return;
+    for (int j = 0; j < kPiece<T>; ++j) a.v[j] = j < n ? gx::load(p + j) : 0.0f;
+    return a;
   }
+}
+template <bool kWide, class T>
+__device__ inline void store_piece(T* p, const Piece<T>& a, int n) {
+  if constexpr (kWide) {
+    gx::store16(p, pack(a));
+  } else {
 #pragma unroll
-  for (int j = 0; j < kPiece<T>; ++j) {
-    if (j < n) gx::store(p + j, a.v[j]);
+    for (int j = 0; j < kPiece<T>; ++j) {
+      if (j < n) gx::store(p + j, a.v[j]);
+    }
   }
 }
 
@@ -72,6 +78,16 @@ inline int64_t pieces_of(int64_t n, int64_t piece) { return (n + piece - 1) / pi
 template <class... Pointers>
 inline bool wide_rows(int64_t row_bytes, const Pointers*... rows) {
   return row_bytes % 16 == 0 && (... && (reinterpret_cast<uintptr_t>(rows) % 16 == 0));
+}
+
+// run(T{}, std::bool_constant<kWide>{}) with the element type and the width of a call.
+template <class F>
+inline void pick_rows(DType dtype, bool wide, F run) {
+  if (dtype == DType::bf16) {
+    wide ? run(uint16_t{}, std::true_type{}) : run(uint16_t{}, std::false_type{});
+  } else {
+    wide ? run(float{}, std::true_type{}) : run(float{}, std::false_type{});
+  }
 }
 
 // A grid with one thread for each (row, piece) of rows of `pieces` pieces: a block owns a few short rows, or a stretch of a long one.

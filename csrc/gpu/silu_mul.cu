@@ -15,30 +15,30 @@
 namespace glmx::gpu {
 namespace {
 
-template <class T>
-__global__ void __launch_bounds__(kCutThreads) silu_mul_pieces(SiluMulParams p, Cut cut, bool wide) {
+template <class T, bool kWide>
+__global__ void __launch_bounds__(kCutThreads) silu_mul_pieces(SiluMulParams p, Cut cut) {
   Place at;
   if (!find_place(cut, p.T, at)) return;
   const int n = piece_length<T>(p.I, at.piece);
   const int64_t i = int64_t{at.piece} * kPiece<T>;
   const T* x = static_cast<const T*>(p.x) + at.row * 2 * p.I + i;
-  const Piece<T> gate = load_piece(x, n, wide), up = load_piece(x + p.I, n, wide);
+  const Piece<T> gate = load_piece<kWide>(x, n), up = load_piece<kWide>(x + p.I, n);
   Piece<T> y;
 #pragma unroll
   for (int j = 0; j < kPiece<T>; ++j) y.v[j] = gx::silu_mul(gate.v[j], up.v[j]);
-  store_piece(static_cast<T*>(p.y) + at.row * p.I + i, y, n, wide);
+  store_piece<kWide>(static_cast<T*>(p.y) + at.row * p.I + i, y, n);
 }
 
 // With s = sigmoid(gate):  d_gate = dy * up * s * (1 + gate * (1 - s)),  d_up = dy * gate * s.
-template <class T>
-__global__ void __launch_bounds__(kCutThreads) silu_mul_backward_pieces(SiluMulBackwardParams p, Cut cut, bool wide) {
+template <class T, bool kWide>
+__global__ void __launch_bounds__(kCutThreads) silu_mul_backward_pieces(SiluMulBackwardParams p, Cut cut) {
   Place at;
   if (!find_place(cut, p.T, at)) return;
   const int n = piece_length<T>(p.I, at.piece);
   const int64_t i = int64_t{at.piece} * kPiece<T>, row = at.row * 2 * p.I + i;
   const T* x = static_cast<const T*>(p.x) + row;
-  const Piece<T> gate = load_piece(x, n, wide), up = load_piece(x + p.I, n, wide);
-  const Piece<T> grad = load_piece(static_cast<const T*>(p.dy) + at.row * p.I + i, n, wide);
+  const Piece<T> gate = load_piece<kWide>(x, n), up = load_piece<kWide>(x + p.I, n);
+  const Piece<T> grad = load_piece<kWide>(static_cast<const T*>(p.dy) + at.row * p.I + i, n);
   Piece<T> d_gate, d_up;
 #pragma unroll
   for (int j = 0; j < kPiece<T>; ++j) {
@@ -48,27 +48,31 @@ __global__ void __launch_bounds__(kCutThreads) silu_mul_backward_pieces(SiluMulB
     d_up.v[j] = grad.v[j] * (gate.v[j] * s);
   }
   T* dx = static_cast<T*>(p.dx) + row;
-  store_piece(dx, d_gate, n, wide);
-  store_piece(dx + p.I, d_up, n, wide);
+  store_piece<kWide>(dx, d_gate, n);
+  store_piece<kWide>(dx + p.I, d_up, n);
 }
 
-template <class T>
+template <class T, bool kWide>
 void forward(const SiluMulParams& p) {
   const Cut cut = cut_rows("silu_mul", p.T, pieces_of(p.I, kPiece<T>));
-  const bool wide = wide_rows(p.I * int64_t{sizeof(T)}, p.x, p.y);
-  gx::launch("silu_mul", silu_mul_pieces<T>, cut.grid, cut.threads, 0, p.device, p, cut, wide);
+  gx::launch("silu_mul", silu_mul_pieces<T, kWide>, cut.grid, cut.threads, 0, p.device, p, cut);
 }
 
-template <class T>
+template <class T, bool kWide>
 void backward(const SiluMulBackwardParams& p) {
   const Cut cut = cut_rows("silu_mul_backward", p.T, pieces_of(p.I, kPiece<T>));
-  const bool wide = wide_rows(p.I * int64_t{sizeof(T)}, p.x, p.dy, p.dx);
-  gx::launch("silu_mul_backward", silu_mul_backward_pieces<T>, cut.grid, cut.threads, 0, p.device, p, cut, wide);
+  gx::launch("silu_mul_backward", silu_mul_backward_pieces<T, kWide>, cut.grid, cut.threads, 0, p.device, p, cut);
 }
 
 }  // namespace
 
-void silu_mul(const SiluMulParams& p) { p.dtype == DType::bf16 ? forward<uint16_t>(p) : forward<float>(p); }
-void silu_mul_backward(const SiluMulBackwardParams& p) { p.dtype == DType::bf16 ? backward<uint16_t>(p) : backward<float>(p); }
+void silu_mul(const SiluMulParams& p) {
+  const bool wide = wide_rows(p.I * dtype_size(p.dtype), p.x, p.y);
+  pick_rows(p.dtype, wide, [&](auto type, auto is_wide) { forward<decltype(type), is_wide>(p); });
+}
+void silu_mul_backward(const SiluMulBackwardParams& p) {
+  const bool wide = wide_rows(p.I * dtype_size(p.dtype), p.x, p.dy, p.dx);
+  pick_rows(p.dtype, wide, [&](auto type, auto is_wide) { backward<decltype(type), is_wide>(p); });
+}
 
 }  // namespace glmx::gpu

@@ -14,8 +14,10 @@
 //   void gx::mbarrier_init(uint64_t* b, int arrivals), mbarrier_init_done()   then gx::barrier()
 //   void gx::mbarrier_expect(uint64_t* b, int bytes)     arrives once and expects bytes of this phase
 //   void gx::mbarrier_arrive(uint64_t* b)
+//   void gx::mbarrier_arrive_copies(uint64_t* b)         arrives once all copy_async16 that this thread has issued so far have landed
 //   void gx::mbarrier_wait(uint64_t* b, int parity)      until the phase of this parity (0, 1, 0, ...) is complete
-//   void gx::fence_async()                               this thread's plain and cp.async writes of shared memory, before wgmma or TMA
+//   void gx::fence_async()                               between plain or cp.async writes of shared memory, this thread's or those that a
+//                                                        barrier has told it of, and wgmma or TMA
 //   uint64_t gx::operand(const void* shared)             descriptor of such a tile at this address; + 32 bytes (the argument) is 16 k on
 //   void gx::wgmma_fence(), wgmma_commit(), wgmma_wait<N>()
 //   void gx::wgmma<N>(float (&c)[N / 2], uint64_t a, uint64_t b, bool onto)   c[64, N] = (onto ? c : 0) + a[64, 16] b[N, 16]^T;

@@ -56,6 +56,9 @@ __device__ inline void mbarrier_expect(uint64_t* b, int bytes) {
 __device__ inline void mbarrier_arrive(uint64_t* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
+__device__ inline void mbarrier_arrive_copies(uint64_t* b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+}
 __device__ inline void mbarrier_wait(uint64_t* b, int parity) {
   uint32_t done = 0;
   while (done == 0) {

@@ -9,8 +9,9 @@
 //            64 tokens (each has two times 64 columns, with silu_mul gate and up). A ring of stages under mbarriers runs on from tile to
 //            tile, so the loads of a tile overlap the stores of the one before. As many blocks as multiprocessors
 // Work/bytes 2*M*N*K flop; M*K + E*N*K + M*N elements: bound by the matrix unit above about 190 rows an expert (740 TFLOP/s, 4 TB/s)
-// Measured   H200: 715 to 780 TFLOP/s from 1024 rows an expert on (torch's matmul of 8192^3: 737), gathered 510 to 620; decode of one
-//            token 3.4 TB/s of weights, of 16 tokens 4.2 TB/s (read: 4.29)
+// Measured   H200: 660 to 770 TFLOP/s from 1024 rows an expert on (torch's matmul of 8192^3: 737), gathered 540 to 680, with silu_mul 470
+//            to 590 (its exp and division wait for nothing but are waited for); decode of one token reads weights at 3.4 TB/s, of 16 at
+//            4.2 TB/s (a copy-free read: 4.29)
 // Limits     what sm90_takes refuses runs grouped_gemm.cu: the choice is one of card, weights and alignment, never of the rows
 #include "gpu/gemm_paths.h"
 #include "gpu/gemm_tiles.h"
@@ -82,19 +83,16 @@ struct Gather {
   }
 };
 
-// The loader, threads 0..127. A stage of gathered rows is full when the TMA's bytes and all 128 threads' copies are there; a thread says
-// so for a stage only kLag stages later, when its copies have landed.
+// The loader, threads 0..127. A stage of gathered rows is full when the TMA's bytes and all 128 threads' copies are there: nobody waits for
+// them here, the copies themselves arrive.
 template <int kRows, bool kGathered>
 __device__ void load_tiles(const GroupedGemmParams& p, const Maps& maps, const RowTiles& tiles, unsigned char* stages, uint64_t* full,
                            uint64_t* empty) {
   using S = Shape<kRows>;
-  constexpr int kLag = 2;
-  static_assert(kLag < S::kStages);
   const bool leader = threadIdx.x == 0;
   if (!kGathered && !leader) return;
   const int64_t steps = gx::ceil_div(p.K, kDepth), half = p.silu_mul ? p.N / 2 : kColumns / 2;
-  Ring<S::kStages> ring, landed;
-  int64_t issued = 0;
+  Ring<S::kStages> ring;
   for (int index = static_cast<int>(blockIdx.x); index < tiles.count(); index += static_cast<int>(gridDim.x)) {
     const Tile t = tiles.tile(index);
     const int row_of_w = t.expert * static_cast<int>(p.N) + t.column;
@@ -113,23 +111,9 @@ __device__ void load_tiles(const GroupedGemmParams& p, const Maps& maps, const R
       }
       if (kGathered) {
         gather.load(p, x, k);
-        gx::commit();
-        if (++issued > kLag) {
-          gx::wait<kLag>();
-          gx::fence_async();
-          gx::mbarrier_arrive(&full[landed.stage]);
-          landed.next();
-        }
+        gx::mbarrier_arrive_copies(&full[ring.stage]);
       }
       ring.next();
-    }
-  }
-  if (kGathered) {
-    gx::wait<0>();
-    gx::fence_async();
-    for (int64_t left = issued < kLag ? issued : kLag; left > 0; --left) {
-      gx::mbarrier_arrive(&full[landed.stage]);
-      landed.next();
     }
   }
 }
@@ -234,7 +218,7 @@ __device__ void store_wide(const GroupedGemmParams& p, const Tile& t, int first,
 }
 
 // The multipliers, threads 128..383. A stage is given back when the products that read it are done, which is known one stage later.
-template <int kRows, bool kSiluMul>
+template <int kRows, bool kGathered, bool kSiluMul>
 __device__ void multiply_tiles(const GroupedGemmParams& p, const RowTiles& tiles, unsigned char* stages, uint64_t* full, uint64_t* empty) {
   using S = Shape<kRows>;
   const int group = static_cast<int>(threadIdx.x) / kGroup - 1, first = group * 64;
@@ -248,6 +232,7 @@ __device__ void multiply_tiles(const GroupedGemmParams& p, const RowTiles& tiles
       const unsigned char* const w = stages + ring.stage * S::kStageBytes;
       const unsigned char* const x = w + kWeightBytes;
       gx::mbarrier_wait(&full[ring.stage], ring.parity);
+      if (kGathered) gx::fence_async();  // wgmma is to see what cp.async wrote
       for (auto& sums : c) gx::wgmma_hold(sums);
       gx::wgmma_fence();
 #pragma unroll
@@ -311,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_wgmma(const GroupedGemmPa
     load_tiles<kRows, kGathered>(p, maps, tiles, stages, full, empty);
   } else {
     gx::registers_up<kMultiplierRegisters>();
-    multiply_tiles<kRows, kSiluMul>(p, tiles, stages, full, empty);
+    multiply_tiles<kRows, kGathered, kSiluMul>(p, tiles, stages, full, empty);
     zero_forward(p, int64_t{blockIdx.x} * 2 * kGroup + threadIdx.x - kGroup, int64_t{gridDim.x} * 2 * kGroup);
   }
 #endif

@@ -1,12 +1,14 @@
 """Public ops: one module per stem. Each function's docstring is its contract; `glmx.reference` has the oracles.
 
 The functions are imported eagerly so that `glmx.ops.rms_norm` is always the function, never the module of that name.
+Each also takes arrays of other libraries, CuPy's above all, and then returns such arrays: see `with_arrays`.
 """
 
 from __future__ import annotations
 
 from glmx.ops.adamw import adamw
 from glmx.ops.add_rms_norm import add_rms_norm
+from glmx.ops.arrays import with_arrays
 from glmx.ops.attention import Attended, attention
 from glmx.ops.cache_append import cache_append
 from glmx.ops.embedding import embedding
@@ -63,3 +65,7 @@ __all__ = [
     "sparse_mla",
     "sum_squares",
 ]
+
+for _name in __all__:
+    if not isinstance(globals()[_name], type):
+        globals()[_name] = with_arrays(globals()[_name])
