@@ -42,8 +42,7 @@ __device__ inline float sigmoid(float x) {
   clamped = clamped < gx::kLowestExp ? gx::kLowestExp : clamped;
   clamped = gx::kHighestExp < clamped ? gx::kHighestExp : clamped;
   const gx::ExpParts e = gx::exp_parts(clamped);
-  const uint32_t exponent = gx::to_bits(e.n + gx::kRound) << 23;  // n as an integer, moved to its place
-  return 1.0f / (1.0f + gx::from_bits(gx::to_bits(e.y) + exponent));
+  return 1.0f / (1.0f + gx::from_bits(gx::to_bits(e.y) + (static_cast<uint32_t>(e.n.value) << 23)));
 }
 
 __device__ inline float largest(const Quad& c) { return fmaxf(fmaxf(c.v[0], c.v[1]), fmaxf(c.v[2], c.v[3])); }

@@ -7,6 +7,8 @@
 #include "core/dispatch.h"
 #include "core/parallel.h"
 #include "cpu/kernels.h"
+#include "gpu/kernels.h"
+#include "gpu/lm_head_logprob.h"
 #include "ops/registry.h"
 
 namespace glmx {
@@ -114,12 +116,15 @@ void check_ids(const int64_t* ids, int64_t T, int64_t V) {
 
 OpInfo lm_head_logprob_info() { return op_info("lm_head_logprob", "", kLmHeadLogprobRevision, kScan); }
 
-int64_t lm_head_logprob_workspace(const LmHeadLogprobParams& p) { return forward_plan(p, nullptr).bytes; }
+int64_t lm_head_logprob_workspace(const LmHeadLogprobParams& p) {
+  return on_gpu(p.device) ? gpu::lm_head_plan(p, nullptr).bytes : forward_plan(p, nullptr).bytes;
+}
 
 void lm_head_logprob(const LmHeadLogprobParams& p) {
   check_sizes(p.T, p.V, p.H, p.temperature);
-  check_ids(p.ids, p.T, p.V);
+  if (host_reads(p.device)) check_ids(p.ids, p.T, p.V);
   GLMX_CHECK(p.top_n >= 0 && p.top_n <= p.V, "lm_head_logprob: expected 0 <= top_n <= ", p.V, ": got ", p.top_n);
+  if (on_gpu(p.device)) return gpu::launch("lm_head_logprob", &gpu::Kernels::lm_head_logprob, p);
   const ForwardPlan plan = forward_plan(p, p.workspace);
   for (int64_t t = 0; t < p.T; t += plan.rows) {
     const int64_t rows = std::min(plan.rows, p.T - t);
@@ -147,11 +152,14 @@ void lm_head_logprob(const LmHeadLogprobParams& p) {
   }
 }
 
-int64_t lm_head_logprob_backward_workspace(const LmHeadLogprobBackwardParams& p) { return backward_plan(p, nullptr).bytes; }
+int64_t lm_head_logprob_backward_workspace(const LmHeadLogprobBackwardParams& p) {
+  return on_gpu(p.device) ? gpu::lm_head_plan(p, nullptr).bytes : backward_plan(p, nullptr).bytes;
+}
 
 void lm_head_logprob_backward(const LmHeadLogprobBackwardParams& p) {
   check_sizes(p.T, p.V, p.H, p.temperature);
-  check_ids(p.ids, p.T, p.V);
+  if (host_reads(p.device)) check_ids(p.ids, p.T, p.V);
+  if (on_gpu(p.device)) return gpu::launch("lm_head_logprob_backward", &gpu::Kernels::lm_head_logprob_backward, p);
   const BackwardPlan plan = backward_plan(p, p.workspace);
   int64_t active = 0;
   for (int64_t t = 0; t < p.T; ++t) {
