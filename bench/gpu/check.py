@@ -207,11 +207,15 @@ class Check:
             raise failure
 
     def examples(self) -> None:
-        for name in ("moe_block", "cupy_arrays"):
-            text = self.run(
-                sys.executable, ROOT / "examples" / f"{name}.py", *(["--device", "cuda"] * (name == "moe_block"))
-            )
-            self.row(name=name, said=text.strip().splitlines()[-8:])
+        failure = None
+        for name, flags in (("moe_block", ["--device", "cuda"]), ("cupy_arrays", [])):
+            try:
+                text = self.run(sys.executable, ROOT / "examples" / f"{name}.py", *flags)
+                self.row(name=name, said=text.strip().splitlines()[-8:])
+            except Failed as failed:
+                failure = failed
+        if failure:
+            raise failure
 
     def bench(self, name: str) -> Callable[[], None]:
         def work() -> None:

@@ -22,6 +22,8 @@ struct Arena {
 // Logits of 16 MB: they stay in the L2 cache of a large card between the product that writes them and the kernels that read them, and
 // 1024 tokens by 4096 columns are 256 tiles of 128 x 128, two for each multiprocessor.
 inline constexpr int64_t kLmHeadLogits = int64_t{4} << 20;
+// The backward's logits and d_logits together: in bf16 four chunks of 1024 tokens.
+inline constexpr int64_t kLmHeadGradBytes = int64_t{24} << 20;
 
 // The online softmax of one token.
 struct LmHeadState {
@@ -72,7 +74,8 @@ struct LmHeadBackwardPlan {
 inline LmHeadBackwardPlan lm_head_plan(const LmHeadLogprobBackwardParams& p, void* workspace) {
   LmHeadBackwardPlan plan{};
   plan.rows = std::min<int64_t>(std::max<int64_t>(p.T, 1), kLmHeadTokenBlock);
-  plan.groups = std::clamp<int64_t>(kLmHeadLogits / (plan.rows * kLmHeadChunk), 1, std::max<int64_t>(1, p.V / kLmHeadChunk));
+  const int64_t group_bytes = plan.rows * kLmHeadChunk * (dtype_size(DType::f32) + dtype_size(p.dtype));
+  plan.groups = std::clamp<int64_t>(kLmHeadGradBytes / group_bytes, 1, std::max<int64_t>(1, p.V / kLmHeadChunk));
   const int64_t width = std::min(p.V, kLmHeadChunk);
   Arena arena{static_cast<char*>(workspace)};
   plan.logits = arena.take<float>(plan.groups * plan.rows * width);

@@ -35,14 +35,14 @@ struct alignas(16) Quad {
 __device__ inline float infinity() { return gx::from_bits(0x7f800000u); }
 __device__ inline float taken() { return gx::from_bits(0x7fffffffu); }  // NaN: fmaxf passes it over and it equals nothing
 
-// gx::sigmoid's bits in fewer steps. e^-x is scaled by adding to its exponent: clamped, it is neither denormal nor infinite. And what
-// exp does outside of the clamps needs no step: 1 + e^-88 is 1, and 1 / (1 + e^88.72) is denormal, flushed to the same 0.
+// gx::sigmoid's bits in fewer steps: between these bounds 2^n is one number, and outside of them nothing is lost. 1 + e^-87 is 1, and
+// from 88 on 1 / (1 + e^88) is denormal, flushed to the same 0 as 1 / infinity.
 __device__ inline float sigmoid(float x) {
   float clamped = 0.0f - x;
   clamped = clamped < gx::kLowestExp ? gx::kLowestExp : clamped;
-  clamped = gx::kHighestExp < clamped ? gx::kHighestExp : clamped;
+  clamped = 88.0f < clamped ? 88.0f : clamped;
   const gx::ExpParts e = gx::exp_parts(clamped);
-  return 1.0f / (1.0f + gx::from_bits(gx::to_bits(e.y) + (static_cast<uint32_t>(e.n.value) << 23)));
+  return 1.0f / (1.0f + e.y * gx::pow2(e.n.value));
 }
 
 __device__ inline float largest(const Quad& c) { return fmaxf(fmaxf(c.v[0], c.v[1]), fmaxf(c.v[2], c.v[3])); }

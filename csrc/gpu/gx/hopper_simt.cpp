@@ -2,6 +2,7 @@
 #include "gpu/gx/hopper_simt.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "gpu/gx/simt_engine.h"
 
@@ -105,6 +106,14 @@ bool Worker::deliver_bulk_copy() {
   return true;
 }
 
+void Worker::check_end_of_hopper() {
+  if (!bulk_copies.empty()) return fail("it ends with " + std::to_string(bulk_copies.size()) + " bulk copies in flight");
+  for (const KnownMbarrier& k : mbarriers) {
+    const Phase phase = phase_of(k.at);
+    if (phase.bytes != 0) return fail("it ends while " + name_of(*this, k.at) + " lacks " + std::to_string(phase.bytes) + " bytes");
+  }
+}
+
 // ---- Products
 // -----------------------------------------------------------------------------------------------------------------------------
 
@@ -124,26 +133,46 @@ Operand decode(uint64_t descriptor) {
   return operand;
 }
 
-// Rows [0, rows) of 16 k, widened. The whole address is swizzled, as the hardware does it.
+// The 16 bytes of k half * 8.. of row r. The whole address is swizzled, as the hardware does it.
+const unsigned char* operand_at(const Worker& w, const Operand& operand, int r, int half) {
+  const auto row = static_cast<uint32_t>(r);
+  const uint32_t address = swizzle(operand.start + row / 8 * operand.stride + row % 8 * kRowBytes + static_cast<uint32_t>(half) * 16);
+  const unsigned char* p = w.block.dynamic_shared + address - kSharedBase;
+  if (address < kSharedBase || !w.in_dynamic(p, 16)) {
+    fault("wgmma: row %d of the operand at shared address %#x lies outside dynamic shared memory", r, operand.start);
+  }
+  const int writer = w.writers.empty() ? 0 : w.writers[(address - kSharedBase) / 16];
+  if (writer != 0) fault("wgmma: row %d of its operand was written by thread %d, which has not called fence_async() since", r, writer - 1);
+  return p;
+}
+
+// Rows [0, rows) of 16 k, widened.
 void read_operand(float (*out)[16], uint64_t descriptor, int rows) {
-  Worker& w = *current().worker;
+  const Worker& w = *current().worker;
   const Operand operand = decode(descriptor);
   for (int r = 0; r < rows; ++r) {
-    for (uint32_t half = 0; half < 32; half += 16) {
-      const auto row = static_cast<uint32_t>(r);
-      const uint32_t address = swizzle(operand.start + row / 8 * operand.stride + row % 8 * kRowBytes + half);
-      const unsigned char* p = w.block.dynamic_shared + address - kSharedBase;
-      if (address < kSharedBase || !w.in_dynamic(p, 16)) {
-        fault("wgmma: row %d of the operand at shared address %#x lies outside dynamic shared memory", r, operand.start);
-      }
-      const int writer = w.writers.empty() ? 0 : w.writers[(address - kSharedBase) / 16];
-      if (writer != 0)
-        fault("wgmma: row %d of its operand was written by thread %d, which has not called fence_async() since", r, writer - 1);
+    for (int half = 0; half < 2; ++half) {
       uint16_t bits[8];
-      memcpy(bits, p, 16);
-      for (int k = 0; k < 8; ++k) out[r][half / 2 + static_cast<uint32_t>(k)] = from_bits(uint32_t{bits[k]} << 16);
+      memcpy(bits, operand_at(w, operand, r, half), 16);
+      for (int k = 0; k < 8; ++k) out[r][half * 8 + k] = from_bits(uint32_t{bits[k]} << 16);
     }
   }
+}
+// A product may read its operands at any time from its issue to its end, so they must be the same at both.
+uint64_t digest(const Product& product) {
+  const Worker& w = *current().worker;
+  uint64_t hash = 0;
+  for (const auto& [descriptor, rows] : {std::pair(product.a, 64), std::pair(product.b, product.n)}) {
+    const Operand operand = decode(descriptor);
+    for (int r = 0; r < rows; ++r) {
+      for (int half = 0; half < 2; ++half) {
+        uint64_t words[2];
+        memcpy(words, operand_at(w, operand, r, half), 16);
+        for (const uint64_t word : words) hash = (hash ^ word) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
+      }
+    }
+  }
+  return hash;
 }
 
 Sums& sums_of(Async& async, const float* c) {
@@ -201,6 +230,13 @@ void finish_products(void* const* lanes) {
   Worker::Tile& tile = *w.tile;
   for (size_t i = 0; i < count; ++i) {
     const Product& product = expected.products[i];
+    const uint64_t now = digest(product);
+    for (int t = 0; t < kWarpgroup; t += kTeam) {
+      const Fiber& f = *static_cast<const ProductWait*>(lanes[t])->fiber;
+      if (f.async->products[i].digest != now) {
+        fault("wgmma: the operands of product %zu that thread %u waits for changed while it was in flight", i, f.index.x);
+      }
+    }
     read_operand(tile.a, product.a, 64);
     read_operand(tile.b, product.b, product.n);
     const auto for_each = [&](auto&& visit) {
@@ -253,7 +289,9 @@ void wgmma(float* c, int n, uint64_t a, uint64_t b, bool onto) {
     memcpy(sums.values, c, sizeof(float) * static_cast<size_t>(n / 2));
     memset(c, kPoison, sizeof(float) * static_cast<size_t>(n / 2));
   }
-  async.products.push_back({c, n, a, b, onto});
+  Product product{c, n, a, b, onto, 0};
+  if (f.index.x % kTeam == 0) product.digest = digest(product);
+  async.products.push_back(product);
 }
 
 void wgmma_wait(int groups, const Site& site) {
@@ -261,7 +299,7 @@ void wgmma_wait(int groups, const Site& site) {
   const int warpgroup = static_cast<int>(f.index.x) / kWarpgroup;
   if (f.worker->threads / kWarpgroup <= warpgroup) fault("wgmma_wait: it is in no warpgroup of 128 threads");
   ProductWait mine{&f, static_cast<size_t>(groups)};
-  meet(f.worker->warpgroups[warpgroup], warpgroup * kWarpgroup, kWarpgroup, "wgmma_wait", site, finish_products, &mine);
+  meet(f.worker->warpgroups[warpgroup], warpgroup * kWarpgroup, kWarpgroup, "wgmma_wait", site, finish_products, &mine, true);
   f.worker->issued(f).fenced = false;
 }
 

@@ -5,8 +5,8 @@
 // what simt.h lists: an mbarrier that was not initialised, or whose initialisation no fence covered; more arrivals or bytes than it
 // expects; bulk copies that are not aligned, that leave shared memory, or that are in flight when the block ends; operands with a wrong
 // descriptor, outside dynamic shared memory, or written by a thread (store16, cp.async) that has not called fence_async() since; products
-// without wgmma_fence() or that are never waited for; sums that change under products in flight; threads of a warpgroup whose products
-// differ. Plain stores (`shared[i] = x`) are not tracked for fence_async().
+// without wgmma_fence() or that are never waited for; sums or operands that change under products in flight; threads of a warpgroup whose
+// products differ. Plain stores (`shared[i] = x`) are not tracked for fence_async().
 #pragma once
 #include "gpu/gx/gx.h"
 

@@ -3,7 +3,7 @@
 // A block runs to its end on one OS thread. The scheduler resumes the fibers of one warp after another; a fiber runs until it must wait (a
 // collective, a barrier, a poll) or ends. The lane that comes last to a collective performs it for all. When no fiber can run and no bulk
 // copy is in flight, nothing will ever happen: that is a deadlock, and the report says who waits where. A faulty block is given up where it
-// stands: its fibers are never resumed, so kernels may not own anything that needs a destructor.
+// stands: its fibers are never resumed.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -67,12 +67,14 @@ struct Options {
   std::atomic<Order> order{Order::forward};
   std::atomic<uint64_t> seed{1};
   std::atomic<int> architecture{90};
-  // GLMX_BACKEND=simt[:sm80|:sm90][:forward|:reverse|:random]
+  // GLMX_BACKEND=simt[:sm80][:forward|:reverse|:random[:SEED]]
   Options() {
     const char* value = std::getenv("GLMX_BACKEND");
     const std::string text = value == nullptr ? "" : value;
     if (text.find(":reverse") != std::string::npos) order = Order::reverse;
-    if (text.find(":random") != std::string::npos) order = Order::random;
+    const size_t random = text.find(":random");
+    if (random != std::string::npos) order = Order::random;
+    if (random != std::string::npos && random + 8 < text.size()) seed = std::strtoull(text.c_str() + random + 8, nullptr, 10);
     if (text.find(":sm80") != std::string::npos) architecture = 80;
   }
 };
@@ -111,6 +113,9 @@ const StaticShared& static_shared() {
   return known;
 }
 
+// Thrown by fault(), so that what is on the faulty thread's stack is destroyed; the block's other threads are just never resumed.
+struct GivenUp {};
+
 // Where a fiber begins.
 void enter() {
   Fiber& f = current();
@@ -118,8 +123,11 @@ void enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &w.scheduler_stack, &w.scheduler_stack_bytes);
 #endif
-  w.launch->body(w.launch->context);
-  w.end(f);
+  try {
+    w.launch->body(w.launch->context);
+    w.end(f);
+  } catch (const GivenUp&) {
+  }
   w.yield(f);  // for good
   std::abort();
 }
@@ -215,6 +223,7 @@ bool Worker::run_warp(int warp) {
     if (launch->order == Order::random) random.shuffle(lanes, kWarp);
     for (const int lane : lanes) {
       Fiber& f = fiber(warp * kWarp + lane);
+      if (sleeps > 0 && (warp * kWarp + lane) / kTeam == sleeper) continue;
       if (f.state == State::mbarrier && static_cast<int>(phase_of(f.mbarrier).parity) != f.parity) f.state = State::ready;
       if (f.state != State::ready) continue;
       resume(f);
@@ -225,6 +234,17 @@ bool Worker::run_warp(int warp) {
     if (launch->order == Order::random) break;
   }
   return any;
+}
+
+// Ends one asynchronous operation in flight: a bulk copy, else the products of a warpgroup that waits for them. False: there is none.
+bool Worker::finish_something() {
+  if (deliver_bulk_copy()) return true;
+  for (int i = 0; i < threads; ++i) {
+    if (fiber(i).state != State::products) continue;
+    fiber(i).state = State::ready;
+    return true;
+  }
+  return false;
 }
 
 void Worker::run(int64_t item) {
@@ -238,6 +258,7 @@ void Worker::run(int64_t item) {
            dim3(static_cast<unsigned>(launch->threads)), grid,
            reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(dynamic.data()) + 1023) & ~uintptr_t{1023}), false};
   threads = live = launch->threads;
+  sleeps = 0;
   failed = false;
   for (int i = 0; i < threads; i += kTeam) teams[i / kTeam].arrived = teams[i / kTeam].ended = 0;
   for (int i = 0; i < threads; i += kWarpgroup) warpgroups[i / kWarpgroup].arrived = warpgroups[i / kWarpgroup].ended = 0;
@@ -253,16 +274,27 @@ void Worker::run(int64_t item) {
   while (live > 0) {
     if (launch->order == Order::random) {
       random.shuffle(warps, count);
-      if (random.below(4) == 0) deliver_bulk_copy();  // earlier than it must
+      // Lanes that take turns stay close together; a team that sleeps falls behind by many steps, as a warp may.
+      if (sleeps > 0) {
+        --sleeps;
+      } else if (random.below(4) == 0) {
+        sleeper = random.below(threads / kTeam);
+        sleeps = 1 + random.below(16);
+      }
+      if (random.below(4) == 0) finish_something();  // earlier than it must
     }
     bool any = false;
     polled = true;
     for (int i = 0; i < count && !failed; ++i) any = run_warp(warps[i]) || any;
     if (failed) return;
     if (live == 0) break;
+    if (sleeps > 0 && polled) {
+      sleeps = 0;
+      continue;
+    }
     if (!polled) {
       idle_since = {};
-    } else if (deliver_bulk_copy()) {
+    } else if (finish_something()) {
       if (failed) return;
       idle_since = {};
     } else if (!any) {
@@ -278,7 +310,8 @@ void Worker::run(int64_t item) {
       if (fiber(i).state == State::paused) fiber(i).state = State::ready;
     }
   }
-  if (!bulk_copies.empty()) return fail("it ends with " + std::to_string(bulk_copies.size()) + " bulk copies in flight");
+  check_end_of_hopper();
+  if (failed) return;
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (block.dynamic_shared[launch->shared + i] != kPoison) return fail("a store past the end of dynamic shared memory");
   }
@@ -299,7 +332,8 @@ std::string Worker::stuck() {
     const Fiber& f = fiber(i);
     std::string where = "have ended";
     if (f.state == State::paused || f.state == State::ready) where = "poll";
-    if (f.state == State::group || f.state == State::barrier) where = std::string("wait at ") + f.what + " in " + text_of(f.site);
+    if (f.state == State::group || f.state == State::products || f.state == State::barrier)
+      where = std::string("wait at ") + f.what + " in " + text_of(f.site);
     if (f.state == State::barrier && f.barrier_id > 0) {
       where += ", id " + std::to_string(f.barrier_id) + " for " + std::to_string(barriers[f.barrier_id].threads);
     }
@@ -332,8 +366,7 @@ void fault(const char* format, ...) {
   va_end(args);
   Fiber& f = current();
   f.worker->fail("thread " + std::to_string(f.index.x) + ": " + text);
-  f.worker->yield(f);  // for good
-  std::abort();
+  throw GivenUp();
 }
 
 // ---- Meeting
@@ -343,7 +376,7 @@ namespace {
 bool same(const Site& a, const Site& b) { return a.line() == b.line() && a.column() == b.column() && a.file_name() == b.file_name(); }
 }  // namespace
 
-void meet(Group& group, int first, int size, const char* what, const Site& site, void (*run)(void* const* lanes), void* mine) {
+void meet(Group& group, int first, int size, const char* what, const Site& site, void (*run)(void* const* lanes), void* mine, bool late) {
   Fiber& f = current();
   Worker& w = *f.worker;
   if (group.arrived > 0 && (group.run != run || !same(group.site, site))) {
@@ -363,6 +396,12 @@ void meet(Group& group, int first, int size, const char* what, const Site& site,
     w.yield(f);
     return;
   }
+  if (late) {
+    f.state = State::products;
+    f.what = what;
+    f.site = site;
+    w.yield(f);
+  }
   group.arrived = 0;
   run(group.lanes);
   for (int i = first; i < first + size; ++i) w.fiber(i).state = State::ready;
@@ -370,7 +409,7 @@ void meet(Group& group, int first, int size, const char* what, const Site& site,
 
 void collective(const char* what, const Site& site, void (*run)(void* const* lanes), void* mine) {
   const int team = static_cast<int>(self().index.x) / kTeam;
-  meet(current().worker->teams[team], team * kTeam, kTeam, what, site, run, mine);
+  meet(current().worker->teams[team], team * kTeam, kTeam, what, site, run, mine, false);
 }
 
 void Worker::try_release(Barrier& b, int id) {

@@ -3,7 +3,7 @@
 //
 // A block's threads are fibers of one OS thread; blocks spread over glmx's pool of threads (simt.cpp has the scheduler). It is a hard
 // master rather than a fast one:
-//   thread order    forward, reverse, or random: set_order(), or GLMX_BACKEND=simt:reverse. Blocks follow the same order.
+//   thread order    forward, reverse, or random: set_order(), or GLMX_BACKEND=simt:random:7. Blocks follow the same order.
 //   late            an asynchronous copy overwrites its destination with NaN when it is issued and delivers when it must: at the wait that
 //                   names it. So reading too early, and reusing a buffer too early, both show as NaN.
 //   poison          shared memory, dynamic and static, is NaN (all bits set) when a block begins.

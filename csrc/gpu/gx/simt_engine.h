@@ -39,6 +39,7 @@ struct Product {
   int n;
   uint64_t a, b;
   bool onto;
+  uint64_t digest;  // of the operands when it was issued; of the first lane of each team alone
 };
 // Sums of products in flight: the kernel's own array holds poison until the last of them is waited for.
 struct Sums {
@@ -57,7 +58,7 @@ struct Async {
   std::vector<uint32_t> written;  // units of 16 bytes that it wrote and that no fence_async() has covered
 };
 
-enum class State : uint8_t { ready, group, barrier, mbarrier, paused, ended };
+enum class State : uint8_t { ready, group, products, barrier, mbarrier, paused, ended };
 
 struct Worker;
 struct Fiber : Thread {
@@ -127,7 +128,8 @@ struct Worker {
   bool failed = false;  // of this block
   bool polled = false;  // every thread that ran in this round did nothing but poll
   int threads = 0, live = 0;
-  void* scheduler = nullptr;  // its stack pointer; the rest is ASan's
+  int sleeper = -1, sleeps = 0;  // in random order a team that is left behind, and for how many rounds
+  void* scheduler = nullptr;     // its stack pointer; the rest is ASan's
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -157,6 +159,7 @@ struct Worker {
   Async& issued(Fiber& f);
   uint64_t& canary(int i) { return *reinterpret_cast<uint64_t*>(stacks + static_cast<size_t>(i) * kStackBytes); }
   void run(int64_t item);
+  bool finish_something();
   void begin(int i);
   bool run_warp(int warp);
   void resume(Fiber& f);
@@ -173,6 +176,7 @@ struct Worker {
   // hopper_simt.cpp
   void begin_hopper();
   bool deliver_bulk_copy();  // one of those in flight; false: there is none
+  void check_end_of_hopper();
   void written(Fiber& f, const void* p);
   std::string describe(const Fiber& f);  // one that waits at an mbarrier
 };
@@ -183,8 +187,8 @@ inline Phase phase_of(const uint64_t* mbarrier) {
   memcpy(&phase, mbarrier, 8);
   return phase;
 }
-// Threads [first, first + size) of the block meet; the last one calls run.
-void meet(Group& group, int first, int size, const char* what, const Site& site, void (*run)(void* const* lanes), void* mine);
+// Threads [first, first + size) of the block meet; the last one calls run. late: not before no other thread of the block can run.
+void meet(Group& group, int first, int size, const char* what, const Site& site, void (*run)(void* const* lanes), void* mine, bool late);
 std::string text_of(const Site& site);  // "rms_norm.cu:40"
 
 }  // namespace gx::simt

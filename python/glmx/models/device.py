@@ -1,7 +1,7 @@
 """Where a model computes: what --device and glmx.load are given, held against this build and this machine.
 
-"auto" is the CPU: on a GPU attention and the draws of tokens still run on the CPU (docs/gpu.md), so a GPU is used where
-somebody asks for it.
+"auto" is the CPU: on a GPU attention and the draws of tokens still run on the CPU (docs/device.md), so a GPU is used
+where somebody asks for it.
 """
 
 from __future__ import annotations
