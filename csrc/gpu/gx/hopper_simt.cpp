@@ -70,21 +70,19 @@ std::string Worker::describe(const Fiber& f) {
 
 void Worker::begin_hopper() {
   block.hopper = true;
-  writers.assign(launch->shared / 16 + 1, 0);
+  writes.assign(launch->shared / 16 + 1, {0, 0});
+  time = 0;
 }
 
 void Worker::written(Fiber& f, const void* p) {
   if (!in_dynamic(p, 16)) return;
   const auto unit = static_cast<uint32_t>((static_cast<const unsigned char*>(p) - block.dynamic_shared) / 16);
-  writers[unit] = static_cast<uint16_t>(f.index.x + 1);
+  writes[unit] = {++time, f.index.x};
   issued(f).written.push_back(unit);
 }
 
-bool Worker::deliver_bulk_copy() {
-  if (bulk_copies.empty()) return false;
-  const int chosen = launch->order == Order::random ? random.below(static_cast<int>(bulk_copies.size())) : 0;
-  const BulkCopy copy = bulk_copies[static_cast<size_t>(chosen)];
-  bulk_copies.erase(bulk_copies.begin() + chosen);
+namespace {
+void deliver(Worker& w, const InFlight& copy) {
   const TensorMap& map = copy.map;
   for (int r = 0; r < map.box_rows; ++r) {
     uint16_t line[kRowBytes / 2] = {};
@@ -96,18 +94,47 @@ bool Worker::deliver_bulk_copy() {
     for (int c = 0; c < kRowBytes; c += 16) {
       const uint32_t at = swizzle(static_cast<uint32_t>(r * kRowBytes + c));
       memcpy(copy.to + at, reinterpret_cast<const unsigned char*>(line) + c, 16);
-      writers[static_cast<size_t>(copy.to - block.dynamic_shared + at) / 16] = 0;
+      w.writes[static_cast<size_t>(copy.to - w.block.dynamic_shared + at) / 16].time = 0;
     }
   }
-  Phase phase = phase_of(copy.mbarrier);
-  phase.bytes -= map.box_rows * kRowBytes;
-  const std::string wrong = settle(*this, copy.mbarrier, phase);
+}
+}  // namespace
+
+void Worker::finish(size_t index) {
+  const InFlight done = std::move(in_flight[index]);
+  in_flight.erase(in_flight.begin() + static_cast<std::ptrdiff_t>(index));
+  Phase phase = phase_of(done.mbarrier);
+  if (done.to != nullptr) {
+    deliver(*this, done);
+    phase.bytes -= done.map.box_rows * kRowBytes;
+  } else {
+    land(*done.thread, done.copies.data(), done.copies.size());
+    if (phase.pending == 0)
+      return fail("copies arrive at " + name_of(*this, done.mbarrier) + ", which expects no more arrivals in this phase");
+    --phase.pending;
+  }
+  const std::string wrong = settle(*this, done.mbarrier, phase);
   if (!wrong.empty()) fail(wrong);
+}
+
+// Until an mbarrier's phase ends: before that nobody could go on. In random order any one of them, but of a thread's copies the oldest.
+bool Worker::finish_in_flight() {
+  if (in_flight.empty()) return false;
+  for (bool flipped = false; !flipped && !in_flight.empty() && !failed;) {
+    size_t chosen = launch->order == Order::random ? static_cast<size_t>(random.below(static_cast<int>(in_flight.size()))) : 0;
+    for (size_t i = 0; i < chosen; ++i) {
+      if (in_flight[i].thread != nullptr && in_flight[i].thread == in_flight[chosen].thread) chosen = i;
+    }
+    uint64_t* const b = in_flight[chosen].mbarrier;
+    const Phase before = phase_of(b);
+    finish(chosen);
+    flipped = phase_of(b).parity != before.parity || launch->order == Order::random;
+  }
   return true;
 }
 
 void Worker::check_end_of_hopper() {
-  if (!bulk_copies.empty()) return fail("it ends with " + std::to_string(bulk_copies.size()) + " bulk copies in flight");
+  if (!in_flight.empty()) return fail("it ends with " + std::to_string(in_flight.size()) + " copies in flight to mbarriers");
   for (const KnownMbarrier& k : mbarriers) {
     const Phase phase = phase_of(k.at);
     if (phase.bytes != 0) return fail("it ends while " + name_of(*this, k.at) + " lacks " + std::to_string(phase.bytes) + " bytes");
@@ -141,8 +168,6 @@ const unsigned char* operand_at(const Worker& w, const Operand& operand, int r, 
   if (address < kSharedBase || !w.in_dynamic(p, 16)) {
     fault("wgmma: row %d of the operand at shared address %#x lies outside dynamic shared memory", r, operand.start);
   }
-  const int writer = w.writers.empty() ? 0 : w.writers[(address - kSharedBase) / 16];
-  if (writer != 0) fault("wgmma: row %d of its operand was written by thread %d, which has not called fence_async() since", r, writer - 1);
   return p;
 }
 
@@ -158,8 +183,16 @@ void read_operand(float (*out)[16], uint64_t descriptor, int rows) {
     }
   }
 }
+// What threads wrote must be fenced between the write and the product: by the writer, or by the thread that issues the product.
+void check_fenced(const Worker& w, const Fiber& f, const unsigned char* p, int row) {
+  if (w.writes.empty()) return;
+  const Write& write = w.writes[static_cast<size_t>(p - w.block.dynamic_shared) / 16];
+  if (write.time <= f.async->fence_time) return;
+  fault("wgmma: row %d of its operand was written by thread %u, and no fence_async() has followed", row, write.thread);
+}
+
 // A product may read its operands at any time from its issue to its end, so they must be the same at both.
-uint64_t digest(const Product& product) {
+uint64_t digest(const Product& product, bool issued) {
   const Worker& w = *current().worker;
   uint64_t hash = 0;
   for (const auto& [descriptor, rows] : {std::pair(product.a, 64), std::pair(product.b, product.n)}) {
@@ -167,7 +200,9 @@ uint64_t digest(const Product& product) {
     for (int r = 0; r < rows; ++r) {
       for (int half = 0; half < 2; ++half) {
         uint64_t words[2];
-        memcpy(words, operand_at(w, operand, r, half), 16);
+        const unsigned char* const p = operand_at(w, operand, r, half);
+        if (issued) check_fenced(w, current(), p, r);
+        memcpy(words, p, 16);
         for (const uint64_t word : words) hash = (hash ^ word) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
       }
     }
@@ -230,7 +265,7 @@ void finish_products(void* const* lanes) {
   Worker::Tile& tile = *w.tile;
   for (size_t i = 0; i < count; ++i) {
     const Product& product = expected.products[i];
-    const uint64_t now = digest(product);
+    const uint64_t now = digest(product, false);
     for (int t = 0; t < kWarpgroup; t += kTeam) {
       const Fiber& f = *static_cast<const ProductWait*>(lanes[t])->fiber;
       if (f.async->products[i].digest != now) {
@@ -290,7 +325,7 @@ void wgmma(float* c, int n, uint64_t a, uint64_t b, bool onto) {
     memset(c, kPoison, sizeof(float) * static_cast<size_t>(n / 2));
   }
   Product product{c, n, a, b, onto, 0};
-  if (f.index.x % kTeam == 0) product.digest = digest(product);
+  if (f.index.x % kTeam == 0) product.digest = digest(product, true);
   async.products.push_back(product);
 }
 
@@ -326,7 +361,7 @@ void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, int column,
   check_shared("tma_load", shared, bytes, kSwizzleBytes);
   if (!w.in_dynamic(shared, bytes)) fault("tma_load: %p is not dynamic shared memory", shared);
   memset(shared, kPoison, bytes);
-  w.bulk_copies.push_back({static_cast<unsigned char*>(shared), *map, barrier, column, row});
+  w.in_flight.push_back({barrier, static_cast<unsigned char*>(shared), *map, column, row, nullptr, {}});
 }
 
 void mbarrier_init(uint64_t* b, int arrivals) {
@@ -366,12 +401,22 @@ void mbarrier_wait(uint64_t* b, int parity, Site site) {
   f.worker->yield(f);
 }
 
+void mbarrier_arrive_copies(uint64_t* b) {
+  known("mbarrier_arrive_copies", b);
+  Fiber& f = current();
+  Async& async = f.worker->issued(f);
+  f.worker->in_flight.push_back({b, nullptr, {}, 0, 0, &f, std::move(async.copies)});
+  async.copies.clear();
+  async.copy_groups.clear();
+}
+
 void fence_async() {
   Fiber& f = current();
   Async& async = f.worker->issued(f);
+  async.fence_time = f.worker->time;
   for (const uint32_t unit : async.written) {
-    uint16_t& writer = f.worker->writers[unit];
-    if (writer == f.index.x + 1) writer = 0;
+    Write& write = f.worker->writes[unit];
+    if (write.thread == f.index.x) write.time = 0;
   }
   async.written.clear();
 }

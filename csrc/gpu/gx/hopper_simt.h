@@ -1,10 +1,10 @@
 // gx on a CPU that plays GPU, Hopper's half (hopper.h says what each name does).
 //
-// Bulk copies overwrite their destination with NaN when issued and deliver when no thread of the block can run without them; products read
-// their operands and show their sums at the wgmma_wait() that names them, and until then the sums are NaN. What a launch fails for, besides
-// what simt.h lists: an mbarrier that was not initialised, or whose initialisation no fence covered; more arrivals or bytes than it
-// expects; bulk copies that are not aligned, that leave shared memory, or that are in flight when the block ends; operands with a wrong
-// descriptor, outside dynamic shared memory, or written by a thread (store16, cp.async) that has not called fence_async() since; products
+// Bulk copies overwrite their destination with NaN when issued and deliver when no thread of the block can run without them; products end,
+// after all copies, when no thread can run without their sums, which are NaN until the wgmma_wait() that names them. What a launch fails
+// for, besides what simt.h lists: an mbarrier that was not initialised, or whose initialisation no fence covered; more arrivals or bytes
+// than it expects; bulk copies that are not aligned, that leave shared memory, or that are in flight when the block ends; operands with a
+// wrong descriptor, outside dynamic shared memory, or written by a thread (store16, cp.async) without a fence_async() since; products
 // without wgmma_fence() or that are never waited for; sums or operands that change under products in flight; threads of a warpgroup whose
 // products differ. Plain stores (`shared[i] = x`) are not tracked for fence_async().
 #pragma once
@@ -26,6 +26,7 @@ void mbarrier_init(uint64_t* b, int arrivals);
 void mbarrier_init_done();
 void mbarrier_expect(uint64_t* b, int bytes);
 void mbarrier_arrive(uint64_t* b);
+void mbarrier_arrive_copies(uint64_t* b);
 void mbarrier_wait(uint64_t* b, int parity, simt::Site site = simt::Site::current());
 
 void fence_async();

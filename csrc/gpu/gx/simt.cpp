@@ -156,6 +156,7 @@ Async& Worker::issued(Fiber& f) {
     f.async->sums.clear();
     f.async->written.clear();
     f.async->fenced = false;
+    f.async->fence_time = 0;
   }
   return *f.async;
 }
@@ -236,9 +237,9 @@ bool Worker::run_warp(int warp) {
   return any;
 }
 
-// Ends one asynchronous operation in flight: a bulk copy, else the products of a warpgroup that waits for them. False: there is none.
+// Ends what is in flight: copies, else the products of a warpgroup that waits for them. False: there is nothing.
 bool Worker::finish_something() {
-  if (deliver_bulk_copy()) return true;
+  if (finish_in_flight()) return true;
   for (int i = 0; i < threads; ++i) {
     if (fiber(i).state != State::products) continue;
     fiber(i).state = State::ready;
@@ -264,7 +265,7 @@ void Worker::run(int64_t item) {
   for (int i = 0; i < threads; i += kWarpgroup) warpgroups[i / kWarpgroup].arrived = warpgroups[i / kWarpgroup].ended = 0;
   for (Barrier& b : barriers) b.arrived = b.count = 0;
   mbarriers.clear();
-  bulk_copies.clear();
+  in_flight.clear();
   for (int i = 0; i < threads; ++i) begin(i);
 
   int warps[kMaxTeams];
@@ -478,22 +479,31 @@ void commit() {
   for (const size_t n : async.copy_groups) grouped += n;
   async.copy_groups.push_back(async.copies.size() - grouped);
 }
+void Worker::land(Fiber& f, const Copy* copies, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    if (copies[i].from == nullptr) {
+      memset(copies[i].to, 0, 16);
+    } else {
+      memcpy(copies[i].to, copies[i].from, 16);
+    }
+    if (block.hopper) written(f, copies[i].to);
+  }
+}
 void wait(int groups) {
   Fiber& f = current();
   Async& async = f.worker->issued(f);
+  for (size_t i = 0; i < f.worker->in_flight.size();) {  // copies that also arrive at an mbarrier are among those that are waited for
+    if (f.worker->in_flight[i].thread == &f) {
+      f.worker->finish(i);
+    } else {
+      ++i;
+    }
+  }
   if (async.copy_groups.size() <= static_cast<size_t>(groups)) return;
   const auto waited = async.copy_groups.end() - groups;
   size_t count = 0;
   for (auto group = async.copy_groups.begin(); group != waited; ++group) count += *group;
-  for (size_t i = 0; i < count; ++i) {
-    const Copy& copy = async.copies[i];
-    if (copy.from == nullptr) {
-      memset(copy.to, 0, 16);
-    } else {
-      memcpy(copy.to, copy.from, 16);
-    }
-    if (f.block->hopper) f.worker->written(f, copy.to);
-  }
+  f.worker->land(f, async.copies.data(), count);
   async.copies.erase(async.copies.begin(), async.copies.begin() + static_cast<std::ptrdiff_t>(count));
   async.copy_groups.erase(async.copy_groups.begin(), waited);
 }

@@ -55,7 +55,8 @@ struct Async {
   std::vector<size_t> product_groups;
   std::vector<Sums> sums;
   bool fenced = false;            // wgmma_fence() since the last wgmma_wait()
-  std::vector<uint32_t> written;  // units of 16 bytes that it wrote and that no fence_async() has covered
+  std::vector<uint32_t> written;  // units of 16 bytes that it wrote since its last fence_async()
+  uint32_t fence_time = 0;        // Worker::time at that fence_async()
 };
 
 enum class State : uint8_t { ready, group, products, barrier, mbarrier, paused, ended };
@@ -100,11 +101,19 @@ struct KnownMbarrier {
   unsigned thread;  // that initialised it
   bool fenced;      // mbarrier_init_done() since
 };
-struct BulkCopy {
-  unsigned char* to;
-  TensorMap map;
+// An operation in flight that ends at an mbarrier: a bulk copy, or a thread's 16-byte copies that arrive when they have landed.
+struct InFlight {
   uint64_t* mbarrier;
+  unsigned char* to;  // of a bulk copy; else null
+  TensorMap map;
   int column, row;
+  Fiber* thread;  // whose copies
+  std::vector<Copy> copies;
+};
+// Of 16 bytes of dynamic shared memory: when a thread wrote them, which one, and whether it has fenced them (time 0: nothing to fence).
+struct Write {
+  uint32_t time;
+  uint32_t thread;
 };
 
 struct Launch {
@@ -137,8 +146,9 @@ struct Worker {
   Group teams[kMaxTeams], warpgroups[kMaxWarpgroups];
   Barrier barriers[kBarriers];
   std::vector<KnownMbarrier> mbarriers;
-  std::vector<BulkCopy> bulk_copies;  // in flight, oldest first
-  std::vector<uint16_t> writers;      // of each 16 bytes of dynamic shared memory: thread + 1 until its fence_async(), then 0
+  std::vector<InFlight> in_flight;  // oldest first
+  std::vector<Write> writes;
+  uint32_t time = 0;  // counts writes that fence_async() must cover
   Random random{1};
   std::vector<Async> asyncs{kMaxThreads};
   struct Tile {
@@ -160,6 +170,7 @@ struct Worker {
   uint64_t& canary(int i) { return *reinterpret_cast<uint64_t*>(stacks + static_cast<size_t>(i) * kStackBytes); }
   void run(int64_t item);
   bool finish_something();
+  void land(Fiber& f, const Copy* copies, size_t count);
   void begin(int i);
   bool run_warp(int warp);
   void resume(Fiber& f);
@@ -175,7 +186,8 @@ struct Worker {
 
   // hopper_simt.cpp
   void begin_hopper();
-  bool deliver_bulk_copy();  // one of those in flight; false: there is none
+  bool finish_in_flight();  // one or more; false: there is none
+  void finish(size_t index);
   void check_end_of_hopper();
   void written(Fiber& f, const void* p);
   std::string describe(const Fiber& f);  // one that waits at an mbarrier

@@ -243,7 +243,7 @@ TEST(simt_hopper, tiles_that_threads_write) {
       CHECK(same_bits(got, want), order);
     }
     for (const Writing writing : {kByStore16NoFence, kByCopyNoFence, kFenceBeforeCopies}) {
-      CHECK(write_and_multiply(writing).find("has not called fence_async() since") != std::string::npos, order);
+      CHECK(write_and_multiply(writing).find("no fence_async() has followed") != std::string::npos, order);
     }
   });
 }
