@@ -7,6 +7,7 @@ cpp       the C++ tests, as built for users and under ASan + UBSan
 qemu      older CPUs, emulated: the C++ tests without AVX, the Python stack with AVX2 at most
 tests     pytest on two workers, under this machine's best instruction set
 simt      tests/ops again on the GPU's kernels, on a CPU that plays GPU, in three orders of its threads
+gates     GPU kernels without a GPU: what nvcc and clang made of them for every card, and docs/gpu.md's table
 isa       tests/ops and one model test again, under each lower instruction set that GLMX_ISA can pin
 wheel     `make wheel`, installed and used in a second environment without compiler or sources
 examples  the scripts in examples/, as a user runs them
@@ -142,6 +143,7 @@ def cpp() -> Count:
 def tests() -> Count:
     """Everything but the files that are a stage of their own."""
     own = [f"--ignore=tests/test_{stage}.py" for stage in ("qemu", "wheel", "examples", "demo")]
+    own += ["--ignore=tests/gates"]
     return pytest("tests", "-n", WORKERS, "--dist=loadgroup", *own, "tests")
 
 
@@ -151,6 +153,11 @@ def qemu() -> Count:
         return Count(failed=1) if STRICT else Count(skipped=1)
     built = build_cpp("plain")
     return built if built.failed else pytest("qemu", "tests/test_qemu.py")
+
+
+def gates() -> Count:
+    """CUDA's side reads the objects of the product's build, HIP's compiles its own: one worker each."""
+    return pytest("gates", "-n", WORKERS, "--dist=loadfile", "tests/gates")
 
 
 def isa() -> Count:
@@ -228,7 +235,7 @@ def demo() -> Count:
     return pytest("demo", "tests/test_demo.py", OMP_NUM_THREADS=WORKERS)
 
 
-IN_ORDER = (lint, cpp, qemu, tests, simt, isa, wheel, examples, bench, demo)
+IN_ORDER = (lint, cpp, qemu, tests, simt, gates, isa, wheel, examples, bench, demo)
 STAGES: dict[str, Callable[[], Count]] = {stage.__name__: stage for stage in IN_ORDER}
 
 
