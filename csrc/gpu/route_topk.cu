@@ -8,6 +8,7 @@
 //            step across lanes is paid once for four; else 32, so that a token is done soon. Biased scores lie in shared memory, the
 //            maxima of a lane's quads in registers. A round takes the maximum over lanes and the lowest id that has it; its owner marks
 //            the value as taken (NaN) and looks again at one quad alone. So the cost depends on no value.
+//            Counts begin as zeros of a launch of its own, which this one runs beside and waits for at its end.
 //            Groups are scored and masked between scores and selection, and only with 32 lanes. Counts gather in shared memory first.
 //            Backward: a team serves a token; its row of gradients lies in shared memory, where the chosen ones are added in order
 // Work/bytes about 30 instructions an expert and 60 a round, a quarter of that per token with 8 lanes; 4*T*E bytes in: bound by issue
@@ -42,7 +43,7 @@ __device__ inline float sigmoid(float x) {
   clamped = clamped < gx::kLowestExp ? gx::kLowestExp : clamped;
   clamped = 88.0f < clamped ? 88.0f : clamped;
   const gx::ExpParts e = gx::exp_parts(clamped);
-  return 1.0f / (1.0f + e.y * gx::pow2(e.n.value));
+  return gx::reciprocal(1.0f + e.y * gx::pow2(e.n.value));
 }
 
 __device__ inline float largest(const Quad& c) { return fmaxf(fmaxf(c.v[0], c.v[1]), fmaxf(c.v[2], c.v[3])); }
@@ -214,9 +215,19 @@ __global__ void __launch_bounds__(kThreads, 2) route_kernel(const RouteTopkParam
   }
 
   gx::barrier();
+  if (gridDim.x > 1) gx::wait_for_launches();  // for the zeros
   for (int e = thread; e < E; e += kThreads) {
-    if (counts[e] != 0) gx::atomic_add(p.expert_counts + e, counts[e]);
+    if (gridDim.x == 1) {
+      p.expert_counts[e] = counts[e];
+    } else if (counts[e] != 0) {
+      gx::atomic_add(p.expert_counts + e, counts[e]);
+    }
   }
+}
+
+__global__ void __launch_bounds__(kThreads) zero_counts(int32_t* counts, int E) {
+  gx::let_next_begin();
+  for (int e = static_cast<int>(threadIdx.x); e < E; e += kThreads) counts[e] = 0;
 }
 
 // With w = f * s / D, D = sum of s + 1e-20:  ds_k = f * (dw_k - (sum of dw * s) / D) / D;  without norm_topk_prob ds_k = f * dw_k.
@@ -268,14 +279,14 @@ __global__ void __launch_bounds__(kThreads) route_backward_kernel(const RouteTop
 template <int L, int Q>
 void route(const RouteTopkParams& p, bool aligned) {
   const int64_t blocks = (p.T + kThreads / L - 1) / (kThreads / L);
-  gx::launch("route_topk", route_kernel<L, Q>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, p.device, p, aligned);
+  if (blocks > 1) gx::launch("route_topk", zero_counts, dim3(1), kThreads, 0, p.device, p.expert_counts, static_cast<int>(p.E));
+  gx::launch_early("route_topk", route_kernel<L, Q>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, p.device, p, aligned);
 }
 
 }  // namespace
 
 void route_topk(const RouteTopkParams& p) {
-  gx::fill_zero("route_topk", p.expert_counts, static_cast<size_t>(p.E) * sizeof(int32_t), p.device);
-  if (p.T == 0) return;
+  if (p.T == 0) return gx::fill_zero("route_topk", p.expert_counts, static_cast<size_t>(p.E) * sizeof(int32_t), p.device);
   const auto at16 = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   const bool aligned = p.E % 4 == 0 && at16(p.logits) && at16(p.bias) && at16(p.scores);
   if (p.T >= kManyTokens && aligned && p.n_group == 1 && p.K <= 8) {
