@@ -6,8 +6,7 @@
 //            meets no bank twice. Row lengths that are no multiple of 8, or addresses of 16, are loaded element by element
 // Numerics   mma.sync m16n8k16, k in order from the start of the reduction, padded with zeros to 32; fp32 sums; one rounding (two with
 //            preact). The order depends on K alone, so X1 X2 X3 hold
-// Algorithm  a block of 8 teams (2 x 4, each 64 x 32) owns a tile of 128 x 128; four stages of cp.async; the sums pass through shared
-// memory
+// Algorithm  a block of 8 teams (2 x 4, each 64 x 32) owns a tile of 128 x 128; four stages of cp.async; sums pass through shared memory
 //            so that stores, bias and silu_mul work on whole rows. silu_mul: a tile is 64 gate columns and the 64 up columns beside them
 // Work/bytes 2*M*N*K flop; M*K + E*N*K + M*N elements: bound by the matrix unit above about 200 rows an expert
 // Measured   H200: 205 to 275 TFLOP/s, forward and gradients, from 1024 rows an expert on

@@ -2,9 +2,11 @@
 // Contract   include/glmx/ops.h GroupedGemmParams   Oracle reference/gemm_tree.py   Doc docs/ops/grouped_gemm.md
 // Shapes     x [M,K] | w [E,N,K] | dy [R,N] | dw [E,N,K] f32 | expert_offsets [E+1] i32
 // Layout     blocks of 32 k of 64 rows of each operand in shared memory, rows 33 floats apart, element by element from any matrix
-// Numerics   per block of 32 k: e = chain over even k, o = chain over odd k, C = C + (e + o); zeros pad k: every card and CPU agrees in
-// bits Algorithm  256 threads own a tile of 64 x 64, 4 x 4 each; one stage Work/bytes 2*M*N*K flop: bound by fp32 FMA (a twelfth of the
-// matrix unit's rate). fp32 models are for tests and routers' gates Measured   not measured on hardware Limits     as grouped_gemm.cu
+// Numerics   per block of 32 k: e = chain over even k, o = chain over odd k, C = C + (e + o); zeros pad k: cards and CPUs agree in bits
+// Algorithm  256 threads own a tile of 64 x 64, 4 x 4 each; one stage
+// Work/bytes 2*M*N*K flop: bound by fp32 FMA (a twelfth of the matrix unit's rate). fp32 models are for tests and routers' gates
+// Measured   not measured on hardware
+// Limits     as grouped_gemm.cu
 #include "gpu/gemm_paths.h"
 #include "gpu/gemm_tiles.h"
 
