@@ -6,6 +6,7 @@ lint      ruff, ruff format, clang-format, mypy
 cpp       the C++ tests, as built for users and under ASan + UBSan
 qemu      older CPUs, emulated: the C++ tests without AVX, the Python stack with AVX2 at most
 tests     pytest on two workers, under this machine's best instruction set
+simt      tests/ops again, on the GPU's kernels and a CPU that plays GPU, in three orders of threads; then broken kernels
 isa       tests/ops and one model test again, under each lower instruction set that GLMX_ISA can pin
 wheel     `make wheel`, installed and used in a second environment without compiler or sources
 examples  the scripts in examples/, as a user runs them
@@ -85,6 +86,12 @@ def pytest(name: str, *args: str, **environment: str) -> Count:
     return count
 
 
+# What has GPU kernels.
+SIMT_OPS = ("add_rms_norm", "embedding", "expert_plan", "grouped_gemm", "grouped_gemm_properties", "layer_norm")
+SIMT_OPS += ("lm_head_logprob", "moe_combine", "moe_mlp", "rms_norm", "rope", "route_topk", "silu_mul", "promises")
+SIMT_TESTS = tuple(f"tests/ops/test_{name}.py" for name in SIMT_OPS)
+
+
 def tracked(*patterns: str) -> list[str]:
     out = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
     if out.returncode == 0:
@@ -152,6 +159,22 @@ def qemu() -> Count:
     return built if built.failed else pytest("qemu", "tests/test_qemu.py")
 
 
+def simt() -> Count:
+    """The GPU's kernels without a GPU. gx's own tests, and all kernels at both widths of a warp and under ASan, are C++ tests."""
+    built = build_cpp("plain")
+    if built.failed:
+        return built
+    library = BUILD / "simt" / "libglmx_simt.so"  # where GLMX_BACKEND=simt looks for it
+    library.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(BUILD / "cpp-plain" / "tests" / "cpp" / "simt" / "libglmx_simt_32.so", library)
+    total = Count()
+    for order in ("forward", "reverse", "random:1"):
+        say(f"-- GLMX_BACKEND=simt:{order}")
+        name = f"simt-{order.split(':')[0]}"
+        total += pytest(name, "-n", WORKERS, "-m", "not slow", *SIMT_TESTS, GLMX_BACKEND=f"simt:{order}")
+    return total + check("broken kernels", [sys.executable, "tests/simt_mutants.py", "--indices", "1"])
+
+
 def isa() -> Count:
     """The whole suite has run under the best level; the lower ones run what depends on the kernels."""
     from glmx import _native
@@ -189,7 +212,7 @@ def demo() -> Count:
     return pytest("demo", "tests/test_demo.py", OMP_NUM_THREADS=WORKERS)
 
 
-IN_ORDER = (lint, cpp, qemu, tests, isa, wheel, examples, bench, demo)
+IN_ORDER = (lint, cpp, simt, qemu, tests, isa, wheel, examples, bench, demo)
 STAGES: dict[str, Callable[[], Count]] = {stage.__name__: stage for stage in IN_ORDER}
 
 
