@@ -6,7 +6,7 @@ lint      ruff, ruff format, clang-format, mypy
 cpp       the C++ tests, as built for users and under ASan + UBSan
 qemu      older CPUs, emulated: the C++ tests without AVX, the Python stack with AVX2 at most
 tests     pytest on two workers, under this machine's best instruction set
-simt      tests/ops again, on the GPU's kernels and a CPU that plays GPU, in three orders of threads; then broken kernels
+simt      tests/ops on the GPU's kernels and a CPU that plays GPU, in three orders of threads; then broken kernels
 isa       tests/ops and one model test again, under each lower instruction set that GLMX_ISA can pin
 wheel     `make wheel`, installed and used in a second environment without compiler or sources
 examples  the scripts in examples/, as a user runs them
@@ -160,7 +160,7 @@ def qemu() -> Count:
 
 
 def simt() -> Count:
-    """The GPU's kernels without a GPU. gx's own tests, and all kernels at both widths of a warp and under ASan, are C++ tests."""
+    """The GPU's kernels without a GPU. gx's own tests, and every kernel at both widths of a warp, are C++ tests."""
     built = build_cpp("plain")
     if built.failed:
         return built
