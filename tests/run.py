@@ -6,7 +6,7 @@ lint      ruff, ruff format, clang-format, mypy
 cpp       the C++ tests, as built for users and under ASan + UBSan
 qemu      older CPUs, emulated: the C++ tests without AVX, the Python stack with AVX2 at most
 tests     pytest on two workers, under this machine's best instruction set
-simt      tests/ops again on the GPU's kernels, on a CPU that plays GPU, in three orders of its threads
+simt      tests/ops on the GPU's kernels and a CPU that plays GPU, in three orders of threads; then broken kernels
 gates     GPU kernels without a GPU: what nvcc and clang made of them for every card, and docs/gpu.md's table
 isa       tests/ops and one model test again, under each lower instruction set that GLMX_ISA can pin
 wheel     `make wheel`, installed and used in a second environment without compiler or sources
@@ -216,7 +216,7 @@ def simt() -> Count:
         say(f"-- GLMX_BACKEND={backend}")
         name = backend.replace(":", "-")
         total += pytest(name, "-n", WORKERS, "-m", "not slow", *map(str, chosen), GLMX_BACKEND=backend)
-    return total
+    return total + check("broken kernels", [sys.executable, "tests/simt_mutants.py", "--indices", "1"])
 
 
 def wheel() -> Count:

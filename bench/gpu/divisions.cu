@@ -1,6 +1,6 @@
 // Whether gx::reciprocal and gx::quotient, which have no branch, are divisions on this card, for the numbers that csrc/gpu/gx/cuda.h names:
-// every d in [1, 2^127), and 2^34 pairs of |x| in [2^-60, 2^60], d in [1, 2^100). One JSON line each; tests/gpu reads them.
-// nvcc with the flags of the product (cmake/GlmxCuda.cmake).
+// every d in [1, 2^127), and 2^34 pairs of |x| in [2^-60, 2^60], d in [1, 2^100), |x / d| from 2^-121 on. One JSON line each; tests/gpu
+// reads them. nvcc with the flags of the product (cmake/GlmxCuda.cmake).
 #include <cstdio>
 
 #include "gpu/gx/gx.h"
@@ -25,9 +25,11 @@ __global__ void reciprocals(unsigned long long* differing, uint32_t first, uint3
 __global__ void quotients(unsigned long long* differing, uint64_t count) {
   for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < count; i += gridDim.x * uint64_t{blockDim.x}) {
     const uint32_t a = mix(2 * i + 1), b = mix(2 * i + 2);
-    // A mantissa and a sign as they come; exponents 127 - 60 .. 127 + 59, and 127 .. 127 + 99.
-    const float x = gx::from_bits((a & 0x807fffffu) | ((67 + (a >> 23 & 0xff) % 120) << 23));
-    const float d = gx::from_bits((b & 0x7fffffu) | ((127 + (b >> 23 & 0xff) % 100) << 23));
+    // A mantissa and a sign as they come; exponents -60..59 and 0..99, the second at most 120 above the first: no quotient is denormal.
+    const int of_x = static_cast<int>(a >> 23 & 0xff) % 120 - 60, any = static_cast<int>(b >> 23 & 0xff) % 100;
+    const int of_d = any < of_x + 120 ? any : of_x + 120;
+    const float x = gx::from_bits((a & 0x807fffffu) | (static_cast<uint32_t>(127 + of_x) << 23));
+    const float d = gx::from_bits((b & 0x7fffffu) | (static_cast<uint32_t>(127 + of_d) << 23));
     if (gx::to_bits(gx::quotient(x, d)) != gx::to_bits(x / d)) atomicAdd(differing, 1ull);
   }
 }

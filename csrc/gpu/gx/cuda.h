@@ -53,8 +53,8 @@ __device__ inline float fma(float a, float b, float c) { return __fmaf_rn(a, b, 
 __device__ inline double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ inline float sqrt(float a) { return __fsqrt_rn(a); }
 
-// 1 / d for d in [1, 2^127) and x / d for |x| in [2^-60, 2^60], d in [1, 2^100): what the compiler makes of a division, without its branch
-// for the other numbers, which would let no two divisions run side by side. tests/gpu compares them with divisions.
+// 1 / d for d in [1, 2^127), and x / d for |x| in [2^-60, 2^60], d in [1, 2^100), |x / d| from 2^-121 on: what the compiler makes of a
+// division, without its branch for the other numbers, which would let no two divisions run side by side. bench/gpu/divisions.cu compares.
 __device__ inline float approximate_reciprocal(float d) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));

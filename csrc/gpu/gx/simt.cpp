@@ -134,8 +134,7 @@ void enter() {
 
 }  // namespace
 
-// ---- Fibers
-// -------------------------------------------------------------------------------------------------------------------------------
+// ---- Fibers ---------------------------------------------------------------------------------------------------------------------------
 
 // All threads' stacks in one mapping; pages that are never touched cost nothing.
 Worker::Worker() {
@@ -211,8 +210,7 @@ void Worker::end(Fiber& f) {
   try_release(barriers[0], 0);
 }
 
-// ---- A block
-// ------------------------------------------------------------------------------------------------------------------------------
+// ---- A block --------------------------------------------------------------------------------------------------------------------------
 
 // Runs the threads of one warp until all of them wait; in random order, once around. True if one ran.
 bool Worker::run_warp(int warp) {
@@ -370,8 +368,7 @@ void fault(const char* format, ...) {
   throw GivenUp();
 }
 
-// ---- Meeting
-// ------------------------------------------------------------------------------------------------------------------------------
+// ---- Meeting --------------------------------------------------------------------------------------------------------------------------
 
 namespace {
 bool same(const Site& a, const Site& b) { return a.line() == b.line() && a.column() == b.column() && a.file_name() == b.file_name(); }
@@ -454,8 +451,7 @@ void pause() {
   f.worker->yield(f);
 }
 
-// ---- Memory
-// -------------------------------------------------------------------------------------------------------------------------------
+// ---- Memory ---------------------------------------------------------------------------------------------------------------------------
 
 void check_shared(const char* what, const void* p, size_t bytes, size_t alignment) {
   const auto* at = static_cast<const unsigned char*>(p);
@@ -512,8 +508,7 @@ void note_store16(const void* p) {
   f.worker->written(f, p);
 }
 
-// ---- Launch
-// -------------------------------------------------------------------------------------------------------------------------------
+// ---- Launch ---------------------------------------------------------------------------------------------------------------------------
 
 namespace {
 // Workers that no OS thread uses now.
@@ -570,8 +565,7 @@ void launch(const char* name, void (*body)(const void*), const void* context, di
 
 }  // namespace simt
 
-// ---- The device
-// ---------------------------------------------------------------------------------------------------------------------------
+// ---- The device -----------------------------------------------------------------------------------------------------------------------
 
 // Built for AVX2 and FMA (cmake/GlmxSimt.cmake), so without them there is no device.
 int device_count() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0; }

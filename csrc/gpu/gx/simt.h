@@ -111,8 +111,7 @@ void launch(const char* name, void (*body)(const void* context), const void* con
 
 }  // namespace simt
 
-// ---- Collectives of a team
-// ----------------------------------------------------------------------------------------------------------------
+// ---- Collectives of a team ------------------------------------------------------------------------------------------------------------
 
 template <class T>
 inline T shuffle_xor(T v, int mask, simt::Site site = simt::Site::current()) {
@@ -179,8 +178,7 @@ inline void barrier(int id, int threads, simt::Site site = simt::Site::current()
 }
 inline int barrier_count(bool p, simt::Site site = simt::Site::current()) { return simt::block_barrier("barrier_count()", site, 0, 0, p); }
 
-// ---- Memory
-// -------------------------------------------------------------------------------------------------------------------------------
+// ---- Memory ---------------------------------------------------------------------------------------------------------------------------
 
 inline int32_t atomic_add(int32_t* p, int32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 inline void publish(int32_t* p, int32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
@@ -216,8 +214,7 @@ inline void wait() {
   simt::wait(N);
 }
 
-// ---- Matrix fragments: the layout of PTX's ldmatrix and mma.m16n8k16
-// ------------------------------------------------------------------------
+// ---- Matrix fragments: the layout of PTX's ldmatrix and mma.m16n8k16 ------------------------------------------------------------------
 
 struct FragA {
   uint32_t r[4];
@@ -260,8 +257,7 @@ inline void load_b_pair_transposed(FragB (&b)[2], const void* p, simt::Site site
 // One FMA for each k, upwards from c.
 void mma(FragC& c, const FragA& a, const FragB& b, simt::Site site = simt::Site::current());
 
-// ---- Host
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---- Host -----------------------------------------------------------------------------------------------------------------------------
 
 struct Properties {
   int multiprocessors, architecture, shared_bytes;

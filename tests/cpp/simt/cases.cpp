@@ -157,8 +157,15 @@ void check(const char* op, const std::string& name, bool exact, const std::funct
   }
 }
 
-// ---- Rows
-// -----------------------------------------------------------------------------------------------------------------------------------
+// One more output: n fp32 that hold something already, for an op that may add to it.
+float* sums(Outputs& out, const char* name, int64_t n) {
+  out.emplace_back(name, room(f32, n));
+  float* const data = out.back().second.as<float>();
+  for (int64_t i = 0; i < n; ++i) data[i] = static_cast<float>(i % 31 - 15) * 0.37f;
+  return data;
+}
+
+// ---- Rows -----------------------------------------------------------------------------------------------------------------------------
 
 void norms(DType dtype, int64_t T, int64_t H) {
   const Bytes x = values(dtype, T * H), weight = values(dtype, H), bias = values(dtype, H), residual = values(dtype, T * H);
@@ -172,10 +179,12 @@ void norms(DType dtype, int64_t T, int64_t H) {
     float* const rstd = out[1].second.as<float>();
     glmx::rms_norm({x.as(), weight.as(), out[0].second.as(), rstd, T, H, 1e-5f, dtype, device});
     out.emplace_back("dx", room(dtype, T * H));
-    out.emplace_back("d_weight", room(f32, H));
     const Bytes partial = room(f32, blocks * H);
-    glmx::rms_norm_backward({dy.as(), x.as(), weight.as(), rstd, out[2].second.as(), out[3].second.as<float>(), partial.as<float>(), T, H,
-                             false, dtype, device});
+    for (const bool onto : {false, true}) {
+      float* const d_weight = sums(out, onto ? "d_weight onto" : "d_weight", H);
+      glmx::rms_norm_backward(
+          {dy.as(), x.as(), weight.as(), rstd, out[2].second.as(), d_weight, partial.as<float>(), T, H, onto, dtype, device});
+    }
     return out;
   });
   check("add_rms_norm", name, true, [&](Device device) {
@@ -195,12 +204,13 @@ void norms(DType dtype, int64_t T, int64_t H) {
     glmx::layer_norm({x.as(), weight.as(), bias.as(), out[0].second.as(), out[1].second.as<float>(), out[2].second.as<float>(), T, H, 1e-6f,
                       dtype, device});
     out.emplace_back("dx", room(dtype, T * H));
-    out.emplace_back("d_weight", room(f32, H));
-    out.emplace_back("d_bias", room(f32, H));
     const Bytes partial = room(f32, blocks * 2 * H);
-    glmx::layer_norm_backward({dy.as(), x.as(), weight.as(), out[1].second.as<float>(), out[2].second.as<float>(), out[3].second.as(),
-                               out[4].second.as<float>(), out[5].second.as<float>(), partial.as<float>(), T, H, false, false, dtype,
-                               device});
+    for (const bool onto : {false, true}) {
+      float* const d_weight = sums(out, onto ? "d_weight onto" : "d_weight", H);
+      float* const d_bias = sums(out, onto ? "d_bias onto" : "d_bias", H);
+      glmx::layer_norm_backward({dy.as(), x.as(), weight.as(), out[1].second.as<float>(), out[2].second.as<float>(), out[3].second.as(),
+                                 d_weight, d_bias, partial.as<float>(), T, H, onto, onto, dtype, device});
+    }
     return out;
   });
 }
@@ -238,17 +248,17 @@ void embedding(DType dtype, int64_t T, int64_t V, int64_t H) {
   check("embedding", text("", dtype, {T, V, H}), true, [&](Device device) {
     Outputs out;
     out.emplace_back("y", room(dtype, T * H));
-    out.emplace_back("d_weight", room(f32, V * H));
     glmx::embedding({ids.as<int64_t>(), weight.as(), out[0].second.as(), T, V, H, dtype, device});
     const Bytes offsets = room(i32, V + 1), order = room(i32, T);
-    glmx::embedding_backward(
-        {ids.as<int64_t>(), dy.as(), out[1].second.as<float>(), offsets.as<int32_t>(), order.as<int32_t>(), T, V, H, false, dtype, device});
+    for (const bool onto : {false, true}) {
+      glmx::embedding_backward({ids.as<int64_t>(), dy.as(), sums(out, onto ? "d_weight onto" : "d_weight", V * H), offsets.as<int32_t>(),
+                                order.as<int32_t>(), T, V, H, onto, dtype, device});
+    }
     return out;
   });
 }
 
-// ---- Experts
-// --------------------------------------------------------------------------------------------------------------------------------
+// ---- Experts --------------------------------------------------------------------------------------------------------------------------
 
 void route(int64_t T, int64_t E, int64_t K, int64_t groups, int64_t best_groups) {
   const Bytes logits = values(f32, T * E), bias = values(f32, E), d_weights = values(f32, T * K), d_scores = values(f32, T * E);
@@ -349,14 +359,15 @@ void gemm(DType dtype, int64_t M, int64_t R, int64_t N, int64_t K, int64_t E) {
   });
   check("grouped_gemm_bias_grad", name, true, [&](Device device) {
     Outputs out;
-    out.emplace_back("d_bias", room(f32, E * N));
-    glmx::grouped_gemm_bias_grad({dy.as(), offsets.as<int32_t>(), out[0].second.as<float>(), R, N, E, dtype, false, device});
+    for (const bool onto : {false, true}) {
+      float* const d_bias = sums(out, onto ? "d_bias onto" : "d_bias", E * N);
+      glmx::grouped_gemm_bias_grad({dy.as(), offsets.as<int32_t>(), d_bias, R, N, E, dtype, onto, device});
+    }
     return out;
   });
 }
 
-// ---- The head
-// -------------------------------------------------------------------------------------------------------------------------------
+// ---- The head -------------------------------------------------------------------------------------------------------------------------
 
 void head(DType dtype, int64_t T, int64_t V, int64_t H, int64_t top_n) {
   const Bytes hidden = values(dtype, T * H), weight = values(dtype, V * H), ids = integers<int64_t>(T, 0, V), d_logprob = values(f32, T);
@@ -369,7 +380,6 @@ void head(DType dtype, int64_t T, int64_t V, int64_t H, int64_t top_n) {
     out.emplace_back("top_ids", room(i32, T * top_n));
     out.emplace_back("top", room(f32, T * top_n));
     out.emplace_back("d_hidden", room(f32, T * H));
-    out.emplace_back("d_weight", room(f32, V * H));
     glmx::LmHeadLogprobParams p{};
     p.hidden = hidden.as(), p.weight = weight.as(), p.ids = ids.as<int64_t>(), p.logprob = out[0].second.as<float>();
     p.lse = out[1].second.as<float>(), p.top_ids = out[2].second.as<int32_t>(), p.top_logprobs = out[3].second.as<float>();
@@ -379,11 +389,14 @@ void head(DType dtype, int64_t T, int64_t V, int64_t H, int64_t top_n) {
     glmx::lm_head_logprob(p);
     glmx::LmHeadLogprobBackwardParams b{};
     b.d_logprob = d_logprob.as<float>(), b.hidden = hidden.as(), b.weight = weight.as(), b.ids = ids.as<int64_t>();
-    b.lse = out[1].second.as<float>(), b.d_hidden = out[4].second.as<float>(), b.d_weight = out[5].second.as<float>();
+    b.lse = out[1].second.as<float>(), b.d_hidden = out[4].second.as<float>();
     b.T = T, b.V = V, b.H = H, b.temperature = 0.7f, b.dtype = dtype, b.device = device;
     const Bytes workspace_b(glmx::lm_head_logprob_backward_workspace(b));
     b.workspace = workspace_b.as();
-    glmx::lm_head_logprob_backward(b);
+    for (const bool onto : {false, true}) {
+      b.d_weight = sums(out, onto ? "d_weight onto" : "d_weight", V * H), b.accumulate = onto;
+      glmx::lm_head_logprob_backward(b);
+    }
     return out;
   });
 }

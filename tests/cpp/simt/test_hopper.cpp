@@ -182,8 +182,7 @@ TEST(simt_hopper, one_arrival_too_many) { faulty(kTwoArrivals, "expects no more 
 TEST(simt_hopper, bulk_copy_that_nobody_waits_for) { faulty(kLostCopy, "it ends w", 64, 64, 128); }
 TEST(simt_hopper, different_products_in_a_warpgroup) { faulty(kDiverged, "issued different products"); }
 
-// ---- The proxy fence and descriptors
-// --------------------------------------------------------------------------------------------------------
+// ---- The proxy fence and descriptors --------------------------------------------------------------------------------------------------
 
 namespace {
 
