@@ -11,9 +11,9 @@
 //   GEMM tree   per output element: for each block of 32 k (K zero-padded to 32),
 //                 e = fused chain over even k from +0, o = fused chain over odd k from +0, C = C + (e + o), C from +0.
 //               It is what one AMX bf16 tile step computes; the other ISAs follow it in fp32 FMA, or in pairs of links of a chain.
-//   Device      `device` says where the pointers live (device.h); ops without that field run on the CPU alone. On a GPU the contents of index
-//               tensors are not checked by the host. Every op has one tree for all backends, but for products of bf16: on a GPU their sums
-//               are the tensor core's, sixteen k at a time in order.
+//   Device      `device` says where the pointers live (device.h); ops without that field run on the CPU alone. On a GPU the host does not
+//               check the contents of index tensors. Every op has one tree for all backends, but for products of bf16: on a GPU their
+//               sums are the tensor core's, sixteen k at a time in order.
 //   Revision    kXxxRevision is raised by whoever changes an op's bits; tests/ops/golden.json holds the bits of each.
 #pragma once
 #include <cstdint>
