@@ -9,9 +9,9 @@
 //            64 tokens (each has two times 64 columns, with silu_mul gate and up). A ring of stages under mbarriers runs on from tile to
 //            tile, so the loads of a tile overlap the stores of the one before. As many blocks as multiprocessors
 // Work/bytes 2*M*N*K flop; M*K + E*N*K + M*N elements: bound by the matrix unit above about 190 rows an expert (740 TFLOP/s, 4 TB/s)
-// Measured   H200: 660 to 770 TFLOP/s from 1024 rows an expert on (torch's matmul of 8192^3: 737), gathered 540 to 680, with silu_mul 470
-//            to 590 (its exp and division wait for nothing but are waited for); decode of one token reads weights at 3.4 TB/s, of 16 at
-//            4.2 TB/s (a copy-free read: 4.29)
+// Measured   H200, in turns with torch's grouped_mm (docs/gpu_results.jsonl): 646 to 701 TFLOP/s, 82 to 89 % of torch's matmul of 8192^3,
+//            1.01 to 1.06 times grouped_mm; with gather and silu_mul 553 to 609. A decode step's experts: one token reads weights at 3.3
+//            to 3.75 TB/s (74 to 83 % of a plain read), 16 tokens at 4.2 to 4.3 (92 to 96 %)
 // Limits     what sm90_takes refuses runs grouped_gemm.cu: the choice is one of card, weights and alignment, never of the rows
 #include "gpu/gemm_paths.h"
 #include "gpu/gemm_tiles.h"
