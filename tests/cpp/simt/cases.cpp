@@ -436,6 +436,7 @@ void all_cases(const glmx::gpu::Kernels& table) {
   route(5, 512, 32, 8, 4);
   plan(700, 4, 11);
   plan(2100, 2, 300);
+  plan(50, 3, 2500);  // by windows of experts
   plan(1, 1, 1);
 }
 
