@@ -1,7 +1,7 @@
 """Drives CMake. What a build needs, and how torch is found, is in cmake/glmx_backend.py.
 
-Options of the build, in its environment: GLMX_CUDA and GLMX_CUDA_ARCHS (cmake/GlmxCuda.cmake), GLMX_TORCH_DIR, CXX,
-MAX_JOBS.
+Options of the build, in its environment: GLMX_CUDA and GLMX_CUDA_ARCHS (cmake/GlmxCuda.cmake), GLMX_HIP and its kin
+(cmake/GlmxHip.cmake), GLMX_TORCH_DIR, CXX, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class CMakeBuild(build_ext):
         # A build without them asks for the default again: the build folder would remember the former answer.
         configure += [f"-DGLMX_CUDA={os.environ.get('GLMX_CUDA') or 'AUTO'}"]
         configure += [f"-DGLMX_CUDA_ARCHS={os.environ.get('GLMX_CUDA_ARCHS') or '80;90a'}"]
+        configure += [f"-DGLMX_HIP={os.environ.get('GLMX_HIP') or 'OFF'}"]
+        hip = [f"GLMX_HIP_{name}" for name in ("COMPILER", "ARCHS", "FLAGS")]
+        configure += [f"-D{name}={os.environ[name]}" for name in hip if os.environ.get(name)]
         ninja = shutil.which("ninja")
         if ninja:
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

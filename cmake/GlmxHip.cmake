@@ -17,8 +17,7 @@ function(glmx_hip_kernels core)
   endif()
   separate_arguments(more NATIVE_COMMAND "${GLMX_HIP_FLAGS}")
   list(TRANSFORM GLMX_HIP_ARCHS PREPEND --offload-arch= OUTPUT_VARIABLE archs)
-  # gpu/sm90 is Hopper's.
-  file(GLOB sources CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/csrc/gpu ${PROJECT_SOURCE_DIR}/csrc/gpu/*.cu)
+  file(GLOB sources CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/csrc/gpu ${PROJECT_SOURCE_DIR}/csrc/gpu/*.cu)  # sm90 is Hopper's
   set(objects "")
   foreach(source ${sources} gx/hip.cu)
     set(object ${PROJECT_BINARY_DIR}/hip/${source}.o)

@@ -7,6 +7,7 @@ cpp       the C++ tests, as built for users and under ASan + UBSan
 qemu      older CPUs, emulated: the C++ tests without AVX, the Python stack with AVX2 at most
 tests     pytest on two workers, under this machine's best instruction set
 simt      tests/ops on the GPU's kernels and a CPU that plays GPU, in three orders of threads; then broken kernels
+gates     GPU kernels without a GPU: what nvcc and clang made of them for every card, and docs/gpu.md's table
 isa       tests/ops and one model test again, under each lower instruction set that GLMX_ISA can pin
 wheel     `make wheel`, installed and used in a second environment without compiler or sources
 examples  the scripts in examples/, as a user runs them
@@ -106,7 +107,7 @@ def tracked(*patterns: str) -> list[str]:
 def lint() -> Count:
     count = check("ruff check", ["ruff", "check", "."])
     count += check("ruff format", ["ruff", "format", "--check", "."])
-    count += check("clang-format", ["clang-format", "--dry-run", "-Werror", *tracked("*.cpp", "*.h")])
+    count += check("clang-format", ["clang-format", "--dry-run", "-Werror", *tracked("*.cpp", "*.h", "*.cu")])
     bodies = Count()
     for name in tracked("*.inl"):  # clang-format goes by the ending, and does not know this one
         command = ["clang-format", "--dry-run", "-Werror", f"--assume-filename={name}.h"]
@@ -150,6 +151,7 @@ def cpp() -> Count:
 def tests() -> Count:
     """Everything but the files that are a stage of their own."""
     own = [f"--ignore=tests/test_{stage}.py" for stage in ("qemu", "wheel", "examples", "demo")]
+    own += ["--ignore=tests/gates"]
     return pytest("tests", "-n", WORKERS, "--dist=loadgroup", *own, "tests")
 
 
@@ -179,6 +181,11 @@ def simt() -> Count:
     return total + check("broken kernels", [sys.executable, "tests/simt_mutants.py", "--indices", "1"])
 
 
+def gates() -> Count:
+    """CUDA's side reads the objects of the product's build, HIP's compiles its own: one worker each."""
+    return pytest("gates", "-n", WORKERS, "--dist=loadfile", "tests/gates")
+
+
 def isa() -> Count:
     """The whole suite has run under the best level; the lower ones run what depends on the kernels."""
     from glmx import _native
@@ -200,6 +207,44 @@ def isa() -> Count:
     return total
 
 
+def build_simt() -> Count:
+    """build/simt/libglmx_simt.so, linked to the core that is in place."""
+    where = BUILD / "simt"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(where), "-DGLMX_PYTHON=OFF", "-DGLMX_SIMT=ON", "-DGLMX_CUDA=OFF"]
+    configure += [f"-DGLMX_OUT={where}", f"-DGLMX_CORE={ROOT / 'python/glmx/libglmx_core.so'}"]
+    if shutil.which("ninja"):
+        configure.append("-GNinja")
+    quiet = {"stdout": subprocess.DEVNULL}
+    built = check("configure simt", configure, **quiet)
+    if not built.failed:
+        built = check("build simt", ["cmake", "--build", str(where), "-j", str(os.cpu_count() or 1)], **quiet)
+    return built
+
+
+def simt() -> Count:
+    """Every op that has a kernel for GPUs; what depends on the order of threads or on the card in all of them."""
+    from glmx import _native
+
+    total = build_simt()
+    if total.failed:
+        return total
+    _native.load_simt(str(BUILD / "simt/libglmx_simt.so"))
+    kernels = set(_native.gpu_kernels("simt"))
+    ops = sorted(path for path in (ROOT / "tests/ops").glob("test_*.py") if path.stem.removeprefix("test_") in kernels)
+    shared = [ROOT / f"tests/ops/test_{name}.py" for name in ("golden_bits", "promises", "grouped_gemm_properties")]
+    products = [ROOT / f"tests/ops/test_{name}.py" for name in ("grouped_gemm", "moe_mlp", "lm_head_logprob")]
+    for backend, chosen in (
+        ("simt", [*shared, *ops]),
+        ("simt:reverse", [*shared[:1], *products]),
+        ("simt:random", [*shared[:1], *products]),
+        ("simt:sm80", products),  # without Hopper's own kernels
+    ):
+        say(f"-- GLMX_BACKEND={backend}")
+        name = backend.replace(":", "-")
+        total += pytest(name, "-n", WORKERS, "-m", "not slow", *map(str, chosen), GLMX_BACKEND=backend)
+    return total + check("broken kernels", [sys.executable, "tests/simt_mutants.py", "--indices", "1"])
+
+
 def wheel() -> Count:
     return pytest("wheel", "tests/test_wheel.py")
 
@@ -216,7 +261,7 @@ def demo() -> Count:
     return pytest("demo", "tests/test_demo.py", OMP_NUM_THREADS=WORKERS)
 
 
-IN_ORDER = (lint, cpp, simt, qemu, tests, isa, wheel, examples, bench, demo)
+IN_ORDER = (lint, cpp, qemu, tests, simt, gates, isa, wheel, examples, bench, demo)
 STAGES: dict[str, Callable[[], Count]] = {stage.__name__: stage for stage in IN_ORDER}
 
 

@@ -5,7 +5,7 @@ A stage that fails, or takes too long, is a row, and the next one runs. Nothing 
   install    pip install --no-build-isolation --no-deps into a folder of its own, from this checkout
   env        what glmx env says
   ceilings   matrix product, copy, read, gather, launch
-  bits       whether mma, wgmma and swapped wgmma agree (bits.cu)
+  bits       bits.cu: whether mma, wgmma and swapped wgmma agree; divisions.cu: whether gx divides without branches
   tests      tests/gpu on this card
   examples   examples/moe_block.py and cupy_arrays.py on the card
   bench      route_topk, moe_combine, grouped_gemm, moe_layer, decode: each a stage, "bench_<name>"
@@ -172,11 +172,14 @@ class Check:
 
     def bits(self) -> None:
         self.probe("bits", "-gencode=arch=compute_90a,code=sm_90a")
+        product = ("-fmad=false", "-ftz=true", "-prec-div=true", "-Icsrc", "-Icsrc/include")
+        self.probe("divisions", "-arch=native", *product)
 
     def tests(self) -> None:
         report = self.out / "tests.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junitxml={report}", "-p", "no:cacheprovider", "-v"]
+        command += ["--continue-on-collection-errors"]  # a module that a missing package stops is one failure
         # The checkout's python/ holds no libraries: what is installed is tested.
         command += ["-o", "pythonpath=. tests tests/models", "--tb=line", "--maxfail=400"]
         if has_module("xdist"):
@@ -235,7 +238,10 @@ class Check:
             if not found:
                 self.row(name=tool, answer="compute-sanitizer is not installed")
                 return
-            told = self.run(found, "--help")
+            try:
+                told = self.run(found, "--help")
+            except Failed as failed:
+                told = failed.text
             only = next((option for option in ("--kernel-name", "--kernel-regex") if f"{option} " in told), None)
             command = [found, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
             command += [only, "kns=glmx"] if only else []

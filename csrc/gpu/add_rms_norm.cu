@@ -2,7 +2,7 @@
 // Contract   include/glmx/ops.h AddRmsNormParams   Oracle cpu/inl/add_rms_norm.inl, bit for bit   Doc docs/ops/add_rms_norm.md
 // Shapes     x, residual, residual_out, y [T,H] dtype row-major | weight [H] dtype | rstd [T] f32
 // Layout     the sum is written to memory and staged in shared memory, where the normalisation reads it; residual_out may be residual
-// itself Numerics   the sum is rounded to dtype before it is squared, so the bits are those of an add followed by rms_norm (rms_row.h)
+// Numerics   the sum is rounded to dtype before it is squared, so the bits are those of an add followed by rms_norm (rms_row.h)
 // Algorithm  one block = one to eight rows; a thread adds two pieces of 16 bytes at a time, so that four loads are in flight
 // Work/bytes 5*T*H flop; 4*T*H elements: bound by memory
 // Measured   not measured on hardware

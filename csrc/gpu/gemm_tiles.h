@@ -61,6 +61,14 @@ __device__ inline void count_row_tiles(int32_t* first, const int32_t* expert_off
   if (gx::lane() == 0) first[0] = 0;
 }
 
+// A row that x does not have ends the stream. Each block looks at its share of the rows, before its tiles; nothing is stored by then that
+// would matter.
+__device__ inline void check_rows(const int32_t* row_token, const int32_t* expert_offsets, int64_t E, int64_t R, int64_t M) {
+  if (row_token == nullptr) return;
+  const int64_t rows = first_row(expert_offsets, E, R), step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < rows; i += step) gx::require(row_token[i] >= 0 && row_token[i] < M);
+}
+
 __device__ inline float load_model(const void* p, DType dtype, int64_t at) {
   return dtype == DType::bf16 ? gx::load(static_cast<const uint16_t*>(p) + at) : gx::load(static_cast<const float*>(p) + at);
 }

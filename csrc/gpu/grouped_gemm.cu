@@ -6,8 +6,7 @@
 //            meets no bank twice. Row lengths that are no multiple of 8, or addresses of 16, are loaded element by element
 // Numerics   mma.sync m16n8k16, k in order from the start of the reduction, padded with zeros to 32; fp32 sums; one rounding (two with
 //            preact). The order depends on K alone, so X1 X2 X3 hold
-// Algorithm  a block of 8 teams (2 x 4, each 64 x 32) owns a tile of 128 x 128; four stages of cp.async; the sums pass through shared
-// memory
+// Algorithm  a block of 8 teams (2 x 4, each 64 x 32) owns a tile of 128 x 128; four stages of cp.async; sums pass through shared memory
 //            so that stores, bias and silu_mul work on whole rows. silu_mul: a tile is 64 gate columns and the 64 up columns beside them
 // Work/bytes 2*M*N*K flop; M*K + E*N*K + M*N elements: bound by the matrix unit above about 200 rows an expert
 // Measured   H200: 205 to 275 TFLOP/s, forward and gradients, from 1024 rows an expert on
@@ -30,17 +29,18 @@ static_assert(kStages * 2 * kOperandBytes <= kSharedBytes);
 struct Half {
   const uint16_t* base;
   const int32_t* gather;  // row(line) = gather[line], or line without one
-  int64_t lines;          // those that exist; the others read as zeros
+  int lines;              // those that exist; the others read as zeros
 };
 struct Operand {
   Half half[2];
-  int64_t stride, width;  // elements of a line that exist
-  bool vectors;           // lines begin at multiples of 16 bytes and have a multiple of 8 elements
+  int64_t stride;
+  int width;     // elements of a line that exist
+  bool vectors;  // lines begin at multiples of 16 bytes and have a multiple of 8 elements
 };
 
 // Lines and the two halves of a matrix [lines, width] from `line` on, `tile_lines` of them.
 __device__ Half half_of(const uint16_t* base, const int32_t* gather, int64_t stride, int64_t line, int64_t lines) {
-  const int64_t left = lines - line;
+  const int left = static_cast<int>(lines - line);
   if (gather != nullptr) return {base, gather + line, left};
   return {base + line * stride, nullptr, left};
 }
@@ -53,14 +53,14 @@ __device__ int place(int line, int chunk) {
 
 // kDown: the reduction runs down the lines: 32 lines of 128 elements. Else 128 lines of 32.
 template <bool kDown>
-__device__ void load_operand(uint16_t* shared, const Operand& o, int64_t first_line, int64_t first_element) {
+__device__ void load_operand(uint16_t* shared, const Operand& o, int first_line, int first_element) {
   constexpr int kLines = kDown ? kDepth : kTile, kChunks = (kDown ? kTile : kDepth) / 8;
   static_assert(kLines * kChunks == 2 * kThreads);  // so a pass is a half
 #pragma unroll
   for (int pass = 0; pass < 2; ++pass) {
     const int i = pass * kThreads + static_cast<int>(threadIdx.x), line = i / kChunks, chunk = i % kChunks;
     const Half& half = o.half[kDown ? 0 : pass];
-    const int64_t at_line = first_line + (kDown ? line : line % (kLines / 2)), at = first_element + chunk * 8;
+    const int at_line = first_line + (kDown ? line : line % (kLines / 2)), at = first_element + chunk * 8;
     const bool exists = at_line < half.lines;
     const int64_t row = !exists ? 0 : half.gather != nullptr ? half.gather[at_line] : at_line;
     const uint16_t* from = half.base + row * o.stride + at;
@@ -80,14 +80,12 @@ __device__ void load_operand(uint16_t* shared, const Operand& o, int64_t first_l
 
 // sums[m][n] = sum over k of A(m, k) B(n, k) of one tile, into shared memory; `depth` k in all. Every thread of the block calls it.
 template <bool kDownA, bool kDownB>
-__device__ void multiply_tile(unsigned char* shared, const Operand& a, const Operand& b, int64_t depth) {
+__device__ void multiply_tile(unsigned char* shared, const Operand& a, const Operand& b, int depth) {
   uint16_t* const stages = reinterpret_cast<uint16_t*>(shared);
-  const auto stage_a = [&](int64_t step) {
-    return stages + step % kStages * (kOperandBytes);
-  };  // two operands of kOperandBytes / 2 elements
-  const auto stage_b = [&](int64_t step) { return stages + step % kStages * (kOperandBytes) + kOperandBytes / 2; };
-  const int64_t steps = gx::ceil_div(depth, kDepth);
-  const auto load = [&](int64_t step) {
+  const auto stage_a = [&](int step) { return stages + step % kStages * (kOperandBytes); };  // two operands of kOperandBytes / 2 elements
+  const auto stage_b = [&](int step) { return stages + step % kStages * (kOperandBytes) + kOperandBytes / 2; };
+  const int steps = (depth + kDepth - 1) / kDepth;
+  const auto load = [&](int step) {
     if (step < steps) {
       load_operand<kDownA>(stage_a(step), a, kDownA ? step * kDepth : 0, kDownA ? 0 : step * kDepth);
       load_operand<kDownB>(stage_b(step), b, kDownB ? step * kDepth : 0, kDownB ? 0 : step * kDepth);
@@ -97,7 +95,7 @@ __device__ void multiply_tile(unsigned char* shared, const Operand& a, const Ope
   const int team_row = gx::team() / 4 * kTeamRows, team_column = gx::team() % 4 * kTeamColumns;
   gx::FragC sums[kTeamRows / 16][kTeamColumns / 8] = {};
   for (int step = 0; step < kStages - 1; ++step) load(step);
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     gx::wait<kStages - 2>();
     gx::barrier();  // the step's data is there for all, and the stage that is loaded next has been read by all
     load(step + kStages - 1);
@@ -152,9 +150,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(const GroupedGemmPara
     const uint16_t* x = static_cast<const uint16_t*>(p.x);
     const uint16_t* w = static_cast<const uint16_t*>(p.w) + int64_t{t.expert} * p.N * p.K;
     const int64_t end = int64_t{t.row} + t.rows, up = p.silu_mul ? p.N / 2 : kTile / 2, limit = p.silu_mul ? p.N : columns;
-    const Operand a{{half_of(x, p.row_token, p.K, t.row, end), half_of(x, p.row_token, p.K, t.row + kTile / 2, end)}, p.K, p.K, vectors};
-    const Operand b{{half_of(w, nullptr, p.K, t.column, columns), half_of(w, nullptr, p.K, t.column + up, limit)}, p.K, p.K, vectors};
-    multiply_tile<false, false>(shared, a, b, p.K);
+    const Operand a{{half_of(x, p.row_token, p.K, t.row, end), half_of(x, p.row_token, p.K, t.row + kTile / 2, end)},
+                    p.K,
+                    static_cast<int>(p.K),
+                    vectors};
+    const Operand b{
+        {half_of(w, nullptr, p.K, t.column, columns), half_of(w, nullptr, p.K, t.column + up, limit)}, p.K, static_cast<int>(p.K), vectors};
+    multiply_tile<false, false>(shared, a, b, static_cast<int>(p.K));
     const float* sums = reinterpret_cast<const float*>(shared);
     for (int i = static_cast<int>(threadIdx.x); i < t.rows * width; i += kThreads) {
       const int row = i / width, column = i % width;
@@ -165,6 +167,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(const GroupedGemmPara
     }
     gx::barrier();  // the sums have been read: the next tile's stages may come
   }
+  check_rows(p.row_token, p.expert_offsets, p.E, p.R, p.M);
   zero_forward(p, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads);
 }
 
@@ -179,9 +182,10 @@ __global__ void __launch_bounds__(kThreads, 2) dgrad_mma(const GroupedGemmDgradP
     const uint16_t* dy = static_cast<const uint16_t*>(p.dy);
     const uint16_t* w = static_cast<const uint16_t*>(p.w) + int64_t{t.expert} * p.N * p.K;
     const int64_t end = t.row + t.rows;
-    const Operand a{{half_of(dy, nullptr, p.N, t.row, end), half_of(dy, nullptr, p.N, t.row + kTile / 2, end)}, p.N, p.N, vectors};
-    const Operand b{{{w + t.column, nullptr, p.N}, {}}, p.K, p.K - t.column, vectors};
-    multiply_tile<false, true>(shared, a, b, p.N);
+    const Operand a{
+        {half_of(dy, nullptr, p.N, t.row, end), half_of(dy, nullptr, p.N, t.row + kTile / 2, end)}, p.N, static_cast<int>(p.N), vectors};
+    const Operand b{{{w + t.column, nullptr, static_cast<int>(p.N)}, {}}, p.K, static_cast<int>(p.K - t.column), vectors};
+    multiply_tile<false, true>(shared, a, b, static_cast<int>(p.N));
     const float* sums = reinterpret_cast<const float*>(shared);
     for (int i = static_cast<int>(threadIdx.x); i < t.rows * kTile; i += kThreads) {
       const int row = i / kTile, column = i % kTile;
@@ -203,9 +207,9 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_mma(const GroupedGemmWgradP
     if (rows == 0 && p.accumulate) continue;
     const uint16_t* dy = static_cast<const uint16_t*>(p.dy) + begin * p.N + n;
     const uint16_t* x = static_cast<const uint16_t*>(p.x) + k;
-    const Operand a{{{dy, nullptr, rows}, {}}, p.N, p.N - n, vectors};
-    const Operand b{{half_of(x, p.row_token, p.K, begin, begin + rows), {}}, p.K, p.K - k, vectors};
-    multiply_tile<true, true>(shared, a, b, rows);
+    const Operand a{{{dy, nullptr, static_cast<int>(rows)}, {}}, p.N, static_cast<int>(p.N - n), vectors};
+    const Operand b{{half_of(x, p.row_token, p.K, begin, begin + rows), {}}, p.K, static_cast<int>(p.K - k), vectors};
+    multiply_tile<true, true>(shared, a, b, static_cast<int>(rows));
     const float* sums = reinterpret_cast<const float*>(shared);
     for (int i = static_cast<int>(threadIdx.x); i < kTile * kTile; i += kThreads) {
       const int row = i / kTile, column = i % kTile;
@@ -216,6 +220,7 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_mma(const GroupedGemmWgradP
     }
     gx::barrier();
   }
+  check_rows(p.row_token, p.expert_offsets, p.E, p.R, p.M);
 }
 
 // d_bias[e, n]: a thread a column; blocks of 64 rows from the expert's first row, rows and blocks in order.

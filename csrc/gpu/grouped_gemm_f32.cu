@@ -2,9 +2,11 @@
 // Contract   include/glmx/ops.h GroupedGemmParams   Oracle reference/gemm_tree.py   Doc docs/ops/grouped_gemm.md
 // Shapes     x [M,K] | w [E,N,K] | dy [R,N] | dw [E,N,K] f32 | expert_offsets [E+1] i32
 // Layout     blocks of 32 k of 64 rows of each operand in shared memory, rows 33 floats apart, element by element from any matrix
-// Numerics   per block of 32 k: e = chain over even k, o = chain over odd k, C = C + (e + o); zeros pad k: every card and CPU agrees in
-// bits Algorithm  256 threads own a tile of 64 x 64, 4 x 4 each; one stage Work/bytes 2*M*N*K flop: bound by fp32 FMA (a twelfth of the
-// matrix unit's rate). fp32 models are for tests and routers' gates Measured   not measured on hardware Limits     as grouped_gemm.cu
+// Numerics   per block of 32 k: e = chain over even k, o = chain over odd k, C = C + (e + o); zeros pad k: cards and CPUs agree in bits
+// Algorithm  256 threads own a tile of 64 x 64, 4 x 4 each; one stage
+// Work/bytes 2*M*N*K flop: bound by fp32 FMA (a twelfth of the matrix unit's rate). fp32 models are for tests and routers' gates
+// Measured   not measured on hardware
+// Limits     as grouped_gemm.cu
 #include "gpu/gemm_paths.h"
 #include "gpu/gemm_tiles.h"
 
@@ -66,6 +68,7 @@ __device__ int tile_column(int j) { return static_cast<int>(threadIdx.x) % 16 + 
 
 __global__ void __launch_bounds__(kThreads) forward_fma(const GroupedGemmParams p) {
   GX_DYNAMIC_SHARED(int32_t, first);
+  check_rows(p.row_token, p.expert_offsets, p.E, p.R, p.M);
   count_row_tiles(first, p.expert_offsets, p.E, p.R, kTile);
   gx::barrier();
   const int64_t columns = p.silu_mul ? p.N / 2 : p.N;
@@ -74,12 +77,14 @@ __global__ void __launch_bounds__(kThreads) forward_fma(const GroupedGemmParams 
     const Tile t = tiles.tile(index);
     const float* x = static_cast<const float*>(p.x);
     const float* w = static_cast<const float*>(p.w) + (int64_t{t.expert} * p.N + t.column) * p.K;
-    const Operand a = p.row_token != nullptr ? Operand{x, p.row_token + t.row, p.K, 1, t.rows, p.K, false}
-                                             : Operand{x + int64_t{t.row} * p.K, nullptr, p.K, 1, t.rows, p.K, false};
+    const bool gathered = p.row_token != nullptr;
+    const Operand a{gathered ? x : x + int64_t{t.row} * p.K, gathered ? p.row_token + t.row : nullptr, p.K, 1, t.rows, p.K, false};
     float sum[kPart][kPart], up[kPart][kPart];
     multiply_tile(sum, a, {w, nullptr, p.K, 1, columns - t.column, p.K, false}, p.K);
     if (p.silu_mul) multiply_tile(up, a, {w + p.N / 2 * p.K, nullptr, p.K, 1, columns - t.column, p.K, false}, p.K);
+#pragma unroll
     for (int i = 0; i < kPart; ++i) {
+#pragma unroll
       for (int j = 0; j < kPart; ++j) {
         if (tile_row(i) >= t.rows || t.column + tile_column(j) >= columns) continue;
         store_forward(p, t.expert, t.row + tile_row(i), t.column + tile_column(j), sum[i][j], p.silu_mul ? up[i][j] : 0.0f);
@@ -100,7 +105,9 @@ __global__ void __launch_bounds__(kThreads) dgrad_fma(const GroupedGemmDgradPara
     float sum[kPart][kPart];
     multiply_tile(sum, {static_cast<const float*>(p.dy) + int64_t{t.row} * p.N, nullptr, p.N, 1, t.rows, p.N, false},
                   {w, nullptr, 1, p.K, p.K - t.column, p.N, false}, p.N);
+#pragma unroll
     for (int i = 0; i < kPart; ++i) {
+#pragma unroll
       for (int j = 0; j < kPart; ++j) {
         if (tile_row(i) >= t.rows || t.column + tile_column(j) >= p.K) continue;
         store_model(p.dx, p.out_dtype, int64_t{t.row + tile_row(i)} * p.K + t.column + tile_column(j), sum[i][j]);
@@ -112,17 +119,20 @@ __global__ void __launch_bounds__(kThreads) dgrad_fma(const GroupedGemmDgradPara
 }
 
 __global__ void __launch_bounds__(kThreads) wgrad_fma(const GroupedGemmWgradParams p) {
+  check_rows(p.row_token, p.expert_offsets, p.E, p.R, p.M);
   const int64_t down = gx::ceil_div(p.N, kTile), across = gx::ceil_div(p.K, kTile);
   for (int64_t index = blockIdx.x; index < p.E * down * across; index += gridDim.x) {
     const int64_t e = index / (down * across), n = index / across % down * kTile, k = index % across * kTile;
     const int64_t begin = first_row(p.expert_offsets, e, p.R), rows = first_row(p.expert_offsets, e + 1, p.R) - begin;
     if (rows == 0 && p.accumulate) continue;
     const float* x = static_cast<const float*>(p.x) + k;
-    const Operand b = p.row_token != nullptr ? Operand{x, p.row_token + begin, 1, p.K, p.K - k, rows, true}
-                                             : Operand{x + begin * p.K, nullptr, 1, p.K, p.K - k, rows, false};
+    const bool gathered = p.row_token != nullptr;
+    const Operand b{gathered ? x : x + begin * p.K, gathered ? p.row_token + begin : nullptr, 1, p.K, p.K - k, rows, true};
     float sum[kPart][kPart];
     multiply_tile(sum, {static_cast<const float*>(p.dy) + begin * p.N + n, nullptr, 1, p.N, p.N - n, rows, false}, b, rows);
+#pragma unroll
     for (int i = 0; i < kPart; ++i) {
+#pragma unroll
       for (int j = 0; j < kPart; ++j) {
         if (n + tile_row(i) >= p.N || k + tile_column(j) >= p.K) continue;
         const int64_t at = (e * p.N + n + tile_row(i)) * p.K + k + tile_column(j);

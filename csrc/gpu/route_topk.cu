@@ -6,8 +6,9 @@
 //            order of k by one chain. Counts are integers, so the order of their additions cannot show
 // Algorithm  L lanes serve a token: 8 where there are many tokens and E is 128, 160 or 256, so that a team serves four of them and every
 //            step across lanes is paid once for four; else 32, so that a token is done soon. Biased scores lie in shared memory, the
-//            maxima of a lane's quads in registers. A round takes the maximum over lanes and the lowest id that has it; its owner marks
-//            the value as taken (NaN) and looks again at one quad alone. So the cost depends on no value.
+//            maxima of a lane's quads in registers. A round takes the maximum over lanes; the lane that has it (of several,
+//            the one with the lowest id) marks the value as taken (NaN) and looks again at one quad alone. Only ties cost more
+//            Counts begin as zeros of a launch of its own, which this one runs beside and waits for at its end.
 //            Groups are scored and masked between scores and selection, and only with 32 lanes. Counts gather in shared memory first.
 //            Backward: a team serves a token; its row of gradients lies in shared memory, where the chosen ones are added in order
 // Work/bytes about 30 instructions an expert and 60 a round, a quarter of that per token with 8 lanes; 4*T*E bytes in: bound by issue
@@ -42,7 +43,7 @@ __device__ inline float sigmoid(float x) {
   clamped = clamped < gx::kLowestExp ? gx::kLowestExp : clamped;
   clamped = 88.0f < clamped ? 88.0f : clamped;
   const gx::ExpParts e = gx::exp_parts(clamped);
-  return 1.0f / (1.0f + e.y * gx::pow2(e.n.value));
+  return gx::reciprocal(1.0f + e.y * gx::pow2(e.n.value));
 }
 
 __device__ inline float largest(const Quad& c) { return fmaxf(fmaxf(c.v[0], c.v[1]), fmaxf(c.v[2], c.v[3])); }
@@ -83,10 +84,6 @@ __device__ inline float fold_max(float v) {
 }
 template <int L>
 __device__ inline int fold_lowest(int index) {
-  if constexpr (L == gx::kTeam) {  // one candidate is the rule: its lane tells it to the others in one step
-    const uint32_t candidates = gx::ballot(index != kNoExpert);
-    if ((candidates & (candidates - 1)) == 0) return gx::shuffle(index, lowest_bit(candidates));
-  }
   for (int mask = L / 2; mask > 0; mask /= 2) {
     const int other = gx::shuffle_xor(index, mask);
     index = other < index ? other : index;
@@ -124,12 +121,12 @@ __device__ void mask_groups(const RouteTopkParams& p, float* value, float* score
 
 // L lanes a token, Q quads a lane. With eight lanes E is 32 * Q and rows are aligned.
 template <int L, int Q>
-__global__ void __launch_bounds__(kThreads, 2) route_kernel(const RouteTopkParams p, bool aligned_rows) {
+__global__ void __launch_bounds__(kThreads) route_kernel(const RouteTopkParams p, bool aligned_rows) {
   constexpr bool kFast = L < gx::kTeam;
   constexpr int kTokens = kThreads / L;
   __shared__ Quad rows[kTokens][L * Q];
   __shared__ float group_scores[kFast ? 1 : kTeams][kFast ? 1 : kMaxExperts];
-  __shared__ int32_t counts[kMaxExperts];
+  __shared__ int32_t counts[kMaxExperts], chosen[kTokens][L];
   const int E = kFast ? 4 * L * Q : static_cast<int>(p.E), K = static_cast<int>(p.K);
   const bool aligned = kFast || aligned_rows;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % L, first_lane = gx::lane() / L * L;
@@ -171,9 +168,8 @@ __global__ void __launch_bounds__(kThreads, 2) route_kernel(const RouteTopkParam
   float top = largest_of(quad);
 
   float sum = 0.0f, score = 0.0f;
-  for (int begin = 0; begin < K; begin += L) {  // lane k keeps the choice of round begin + k
+  for (int begin = 0; begin < K; begin += L) {  // lane k gets the choice of round begin + k
     const int n = K - begin < L ? K - begin : L;
-    int id = 0;
     for (int k = 0; k < n; ++k) {
       const float best = fold_max<L>(top);
       int at = 0, j = 0, index = kNoExpert;  // the first of this lane's elements that is the best: quad `at`, place j
@@ -186,17 +182,23 @@ __global__ void __launch_bounds__(kThreads, 2) route_kernel(const RouteTopkParam
         j = c.v[0] == best ? 0 : c.v[1] == best ? 1 : c.v[2] == best ? 2 : 3;
         index = 4 * (at * L + lane) + j;
       }
-      const int winner = fold_lowest<L>(index);
-      if (index == winner) {
+      // One lane of the token has the best, as a rule; where two have, of any token of the team, the lowest index decides.
+      const uint32_t holders = (gx::ballot(top == best) >> first_lane) & (0xffffffffu >> (gx::kTeam - L));
+      bool wins = top == best;
+      if (gx::ballot((holders & (holders - 1)) != 0) != 0) wins = index == fold_lowest<L>(index);
+      if (wins) {
         for (int i = 0; i < 4; ++i) c.v[i] = i == j ? taken() : c.v[i];
         row[at * L + lane] = c;
         const float rest = largest(c);
 #pragma unroll
         for (int q = 0; q < Q; ++q) quad[q] = q == at ? rest : quad[q];
         top = largest_of(quad);
+        chosen[thread / L][k] = index;
       }
-      id = k == lane ? winner : id;
     }
+    gx::team_barrier();
+    const int id = lane < n ? chosen[thread / L][lane] : 0;
+    gx::team_barrier();  // the next strip writes them again
     score = sigmoid(logits[id]);
     for (int k = 0; k < n; ++k) sum = sum + gx::shuffle(score, first_lane + k);
     if (valid && lane < n) {
@@ -214,9 +216,19 @@ __global__ void __launch_bounds__(kThreads, 2) route_kernel(const RouteTopkParam
   }
 
   gx::barrier();
+  if (gridDim.x > 1) gx::wait_for_launches();  // for the zeros
   for (int e = thread; e < E; e += kThreads) {
-    if (counts[e] != 0) gx::atomic_add(p.expert_counts + e, counts[e]);
+    if (gridDim.x == 1) {
+      p.expert_counts[e] = counts[e];
+    } else if (counts[e] != 0) {
+      gx::atomic_add(p.expert_counts + e, counts[e]);
+    }
   }
+}
+
+__global__ void __launch_bounds__(kThreads) zero_counts(int32_t* counts, int E) {
+  gx::let_next_begin();
+  for (int e = static_cast<int>(threadIdx.x); e < E; e += kThreads) counts[e] = 0;
 }
 
 // With w = f * s / D, D = sum of s + 1e-20:  ds_k = f * (dw_k - (sum of dw * s) / D) / D;  without norm_topk_prob ds_k = f * dw_k.
@@ -268,14 +280,14 @@ __global__ void __launch_bounds__(kThreads) route_backward_kernel(const RouteTop
 template <int L, int Q>
 void route(const RouteTopkParams& p, bool aligned) {
   const int64_t blocks = (p.T + kThreads / L - 1) / (kThreads / L);
-  gx::launch("route_topk", route_kernel<L, Q>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, p.device, p, aligned);
+  if (blocks > 1) gx::launch("route_topk", zero_counts, dim3(1), kThreads, 0, p.device, p.expert_counts, static_cast<int>(p.E));
+  gx::launch_early("route_topk", route_kernel<L, Q>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, p.device, p, aligned);
 }
 
 }  // namespace
 
 void route_topk(const RouteTopkParams& p) {
-  gx::fill_zero("route_topk", p.expert_counts, static_cast<size_t>(p.E) * sizeof(int32_t), p.device);
-  if (p.T == 0) return;
+  if (p.T == 0) return gx::fill_zero("route_topk", p.expert_counts, static_cast<size_t>(p.E) * sizeof(int32_t), p.device);
   const auto at16 = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   const bool aligned = p.E % 4 == 0 && at16(p.logits) && at16(p.bias) && at16(p.scores);
   if (p.T >= kManyTokens && aligned && p.n_group == 1 && p.K <= 8) {

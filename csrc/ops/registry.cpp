@@ -7,9 +7,9 @@
 
 namespace glmx {
 namespace {
-// Of the GPUs first: a process that has loaded the CPU that plays GPU tests that one, and has no card.
+// Of the CPU that plays GPU first: a process that has loaded it runs that one.
 const gpu::Kernels* gpu_table() {
-  for (Backend backend : {Backend::cuda, Backend::hip, Backend::simt}) {
+  for (Backend backend : {Backend::simt, Backend::cuda, Backend::hip}) {
     if (const gpu::Kernels* table = gpu::kernels(backend)) return table;
   }
   return nullptr;

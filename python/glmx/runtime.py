@@ -10,7 +10,7 @@
 auto: tensors on a GPU run its kernels where this build has them, tensors on the CPU the CPU's. cpu: every tensor runs
 the CPU's kernels; what lies on a GPU is copied there and back. cuda, hip: as auto, and a build or machine without it is
 an error. simt, for tests: tensors on the CPU run the GPU's kernels, on a CPU that plays GPU (build/simt); simt:reverse
-and simt:random:SEED let its threads take turns in another order.
+and simt:random let its threads take turns in another order, simt:sm80 makes it an older card.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VARIABLES = ("GLMX_BACKEND", "GLMX_ISA", "GLMX_LOG", "GLMX_STRICT")
 BACKENDS = ("auto", "cpu", "cuda", "hip", "simt")
 DTYPES = ("bf16", "fp32")
 _SIMT = pathlib.Path(__file__).resolve().parents[2] / "build" / "simt" / "libglmx_simt.so"
-_SIMT_ORDER = re.compile(r"simt(:forward|:reverse|:random(:\d+)?)?")
+_SIMT_PLAYS = re.compile(r"simt(:reverse|:random)?(:sm80)?")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         ConfigError: a value that no glmx knows.
     """
     backend, isa, log, strict = (environ.get(name) or None for name in VARIABLES)
-    order = backend is not None and _SIMT_ORDER.fullmatch(backend)
+    order = backend is not None and _SIMT_PLAYS.fullmatch(backend)
     for name, value, allowed in (
         ("GLMX_BACKEND", "simt" if order else backend, BACKENDS),
         ("GLMX_LOG", log, ("kernels",)),

@@ -89,8 +89,8 @@ def test_a_backend_that_is_not_here_is_refused_by_name_and_reason(monkeypatch, t
     assert core.loaded == [str(runtime._SIMT)]
 
 
-@pytest.mark.parametrize("value", ["simt", "simt:forward", "simt:reverse", "simt:random", "simt:random:7"])
-def test_simt_names_an_order_of_threads(value):
+@pytest.mark.parametrize("value", ["simt", "simt:reverse", "simt:random", "simt:sm80", "simt:random:sm80"])
+def test_simt_names_an_order_of_threads_and_a_card(value):
     assert runtime.read_settings({"GLMX_BACKEND": value}).backend == value
 
 

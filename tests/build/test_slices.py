@@ -16,6 +16,9 @@ BASE_ONLY = {
 }
 # Ops without a kernel: their host function calls other ops'.
 COMPOSED = {"moe_mlp"}
+# Ops with a kernel for GPUs, by csrc/gpu/kernels.h: gradients are in the file of their op.
+GPU_KERNELS = re.findall(r"^  X\((\w+), ", (ROOT / "csrc/gpu/kernels.h").read_text(), re.MULTILINE)
+GPU = {stem for stem in stems() if stem in GPU_KERNELS}
 # Files beside the slices: tables of them, and what their bindings share.
 NO_OPS = {"registry", "library", "call", "table", "backends"}
 
@@ -37,8 +40,16 @@ def test_files_of_the_slice(stem):
         wanted += [f"csrc/cpu/avx2/{stem}.cpp", f"csrc/cpu/avx512/{stem}.cpp", f"csrc/cpu/inl/{stem}.inl"]
     wanted += [f"python/glmx/ops/{stem}.py", f"python/glmx/reference/{stem}.py"]
     wanted += [f"tests/ops/test_{stem}.py", f"docs/ops/{stem}.md", f"bench/ops/bench_{stem}.py"]
+    if stem in GPU:
+        wanted.append(f"csrc/gpu/{stem}.cu")
     missing = [name for name in wanted if not (ROOT / name).is_file()]
     assert not missing, f"{stem} is in ops.h, but its slice lacks {', '.join(missing)}"
+
+
+def test_every_gpu_kernel_is_an_ops():
+    assert len(GPU) >= 11 and "rms_norm" in GPU
+    for name in GPU_KERNELS:
+        assert any(name == stem or name.startswith(f"{stem}_") for stem in GPU), name
 
 
 def test_contract_names_params_and_function(stem):

@@ -66,6 +66,8 @@ def test_shared_bodies_exist():
 
 
 KERNELS = [path for path in sources(".inl") if path.name not in SHARED] + sources(".cpp", under="csrc/cpu/amx")
+GPU_KERNELS = [path for path in sources(".cu", under="csrc/gpu") if path.parent.name != "gx" and path.stem != "table"]
+KERNELS += GPU_KERNELS
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=relative)
@@ -82,9 +84,11 @@ def test_kernel_header(path):
     assert re.match(rf"// {path.stem}\b.*: ", header[0] if header else ""), "the first line says what is computed"
     missing = [field for field in FIELDS if not re.search(rf"^// {field} ", text, re.MULTILINE)]
     assert not missing, f"{relative(path)}: its header lacks {', '.join(missing)}"
-    for field, folder in (("Oracle", "python/glmx"), ("Doc", "")):
+    # A GPU's kernel with the CPU's tree may name that as its oracle: bits are what it is held to.
+    for field, folders in (("Oracle", ("python/glmx", "csrc")), ("Doc", ("",))):
         named = re.search(rf"\b{field}\s+([\w./]+)", text)
-        assert named and (ROOT / folder / named[1]).is_file(), f"{relative(path)}: {field} names no file"
+        found = named and any((ROOT / folder / named[1].rstrip(".")).is_file() for folder in folders)
+        assert found, f"{relative(path)}: {field} names no file"
     assert 8 <= len(header) <= 30, f"{relative(path)}: {len(header)} lines of header; 10 to 25 are aimed at"
 
 
@@ -99,6 +103,42 @@ def test_raw_amx_intrinsics_live_in_tile_h():
         code = re.sub(r"//[^\n]*", "", path.read_text())
         found = raw.search(code)
         assert not found, f"{relative(path)}: {found[0].strip()}: tiles are touched through cpu/amx/tile.h"
+
+
+def without_comments(path) -> str:
+    return re.sub(r"//[^\n]*", "", path.read_text())
+
+
+def test_a_vendors_own_words_live_in_gx():
+    """A kernel is written once, in gx's vocabulary: PTX, intrinsics and builtins of one vendor are behind it."""
+    raw = re.compile(
+        r"\basm\b|\b__(shfl|ballot|any|all|match|syncwarp|syncthreads|ldg|stg|ldcs|stcs|cvta|nanosleep|trap)\w*"
+        r"|\batomic[A-Z]\w*|\b__(fmaf?|f[a-z]+|d[a-z]+)_r[nzud]\b|\b__(CUDA_ARCH|HIP)\w*|\b__builtin_amdgcn\w*"
+        r"|\b(cuda|hip)[A-Z]\w*|\bwarpSize\b|<<<"
+    )
+    for path in sources(".cu", ".h", under="csrc/gpu"):
+        if path.parent.name == "gx":
+            continue
+        found = raw.search(without_comments(path))
+        assert not found, f"{relative(path)}: {found[0]}: only csrc/gpu/gx says it"
+
+
+def test_assembly_is_in_four_files_of_gx():
+    """CUDA's halves of gx. The fibers of the CPU that plays GPU switch stacks in assembly of their own."""
+    found = {
+        relative(path)
+        for path in sources(".cu", ".h", ".cpp", under="csrc/gpu")
+        if re.search(r"\basm\b", without_comments(path))
+    }
+    assert found == {f"csrc/gpu/gx/{name}" for name in ("cuda.h", "hopper_cuda.h", "simt.h", "simt.cpp")}
+
+
+def test_gpu_kernels_do_not_read_tensors_on_the_host():
+    """ops/<op>.cpp knows whether the host may look; a file of kernels never does."""
+    for path in GPU_KERNELS:
+        assert "host_reads" not in path.read_text(), (
+            f"{relative(path)} asks what the host reads: that is ops/'s to check"
+        )
 
 
 def test_isa_folders_use_no_stl():

@@ -250,7 +250,7 @@ def test_an_fp32_run_is_the_cpus_to_the_bit(run: dict[str, Any], tmp_path: Path)
     assert not (names := differing(here, there)), f"{len(names)} of {len(here)} tensors, first {names[:4]}"
 
 
-def test_a_bf16_run_learns_as_the_cpus_does(run: dict[str, Any], tmp_path: Path) -> None:
+def test_a_bf16_run_has_about_the_losses_of_the_cpus(run: dict[str, Any], tmp_path: Path) -> None:
     def losses(out: Path) -> list[float]:
         return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -258,4 +258,3 @@ def test_a_bf16_run_learns_as_the_cpus_does(run: dict[str, Any], tmp_path: Path)
     trained(run, tmp_path / "here", device="cpu")
     here, there = losses(tmp_path / "here"), losses(tmp_path / "there")
     assert len(here) == 4 and there == pytest.approx(here, rel=5e-3)
-    assert there[-1] < there[0]

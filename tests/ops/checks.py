@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import torch
 
+from tests.ops.backends import SIMT
+
 F64 = torch.float64
 U32 = 2.0**-24  # unit roundoff: half the distance from 1 to the next number
 UNIT = {torch.float32: U32, torch.bfloat16: 2.0**-8}
@@ -14,9 +16,9 @@ TINY = 2.0**-126  # what flushing a denormal can lose
 
 def gemm_unit(K: int) -> float:
     """Relative error, against sum |x||w|, of the tree over K: a chain of 16, one pair sum, one add per block
-    of 32.
+    of 32. Of a matrix unit: one chain, whose products meet in steps of 16 and are cut off, not rounded.
     """
-    return (16 + 1 + -(-K // 32)) * U32 * 1.01
+    return (2 * K + 32 if SIMT else 16 + 1 + -(-K // 32)) * U32 * 1.01
 
 
 def gemm_bound(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,14 @@ def test_large_plan_is_the_same_for_every_thread_count(restore_threads: None) ->
         assert torch.equal(plan.inverse.flatten()[want[:n]].long(), torch.arange(n))
 
 
+@pytest.mark.parametrize(("T", "E"), [(40, 2500), (3000, 1), (700, 1024)])
+def test_experts_beyond_and_at_a_block_of_counts(T: int, E: int) -> None:
+    ids = topk_ids(T, min(E, 7), E, holes=True)
+    got, want = ops.expert_plan(ids, E), reference.expert_plan(ids, E)
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [

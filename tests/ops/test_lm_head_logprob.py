@@ -83,6 +83,33 @@ def test_a_nan_logit_counts_as_minus_infinity_in_the_top() -> None:
         assert ops.lm_head_logprob(torch.ones(1, 1), weight, torch.tensor([1]), top_n=n).top_ids.tolist() == [want]
 
 
+def test_a_long_top_in_any_order_of_arrival() -> None:
+    """Ascending logits: each column goes to the front of a list that is longer than a team has lanes."""
+    weight = torch.arange(1200.0)[:, None] / 100
+    weight[600:] = weight[600:].flip(0)
+    got = ops.lm_head_logprob(torch.ones(1, 1), weight, torch.tensor([0]), top_n=70)
+    assert torch.equal(got.top_ids.long(), first_k(weight.T.contiguous(), 70))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_many_tokens_are_those_of_few(dtype: torch.dtype) -> None:
+    """More tokens than a block of the backward, every third without a gradient: no token sees the others."""
+    hidden, weight = values(3100, 8, dtype=dtype), values(40, 8, seed=1, dtype=dtype)
+    tokens, d_logprob = ids(3100, low=-1, high=40), values(3100, seed=2)
+    d_logprob[::3] = 0.0
+
+    def gradient(rows: slice) -> torch.Tensor:
+        leaf = hidden[rows].clone().requires_grad_()
+        ops.lm_head_logprob(leaf, weight, tokens[rows]).logprob.backward(d_logprob[rows])
+        return leaf.grad
+
+    whole = gradient(slice(None))
+    for begin in range(0, 3100, 775):
+        rows = slice(begin, begin + 775)
+        assert same_bits(whole[rows], gradient(rows))
+    assert (whole[::3] == 0).all() and (whole[1::3] != 0).any()
+
+
 def test_all_logits_equal() -> None:
     got = ops.lm_head_logprob(torch.zeros(2, 4), torch.ones(3000, 4), torch.tensor([0, 2999]), top_n=3)
     want = torch.full((2,), 3000.0).log()

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmx import _native, ops
+from tests.ops.backends import cpu_only
 from tests.ops.cases import STEMS, Case, canonical, cases, evaluate, results, same_bits, with_grad
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -85,6 +86,7 @@ def isa_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("isa"))
 
 
+@cpu_only
 @pytest.mark.parametrize("op", LANDED)
 @pytest.mark.parametrize("isa", [isa for isa in _native.supported_isas() if isa != "base"])
 def test_x5_every_isa_gives_the_bits_of_base(isa: str, op: str, isa_directory: str) -> None:

@@ -142,6 +142,21 @@ def test_counts_over_many_tokens(restore_threads: None) -> None:
         assert torch.equal(counts.long(), torch.bincount(ids.flatten().long(), minlength=33))
 
 
+@pytest.mark.parametrize("E", [128, 160, 256])
+def test_x2_many_tokens_and_few(E: int) -> None:
+    """GPUs serve many tokens of the released models' expert counts by a kernel of their own."""
+    logits, bias = values(4099, E), values(E, seed=1, scale=0.2)
+    logits[::5] = ties(len(logits[::5]), E)
+    logits[7, 3], logits[8, :] = NAN, NAN
+    bias[E - 1] = -float("inf")
+    many = ops.route_topk(logits, bias, 8, routed_scaling_factor=2.5, return_scores=True)
+    for rows in (slice(0, 40), slice(4060, 4099)):
+        few = ops.route_topk(logits[rows], bias, 8, routed_scaling_factor=2.5, return_scores=True)
+        for i in (0, 1, 3):
+            assert same_bits(many[i][rows], few[i])
+    assert torch.equal(many[2].long(), torch.bincount(many[1].flatten().long(), minlength=E))
+
+
 def test_case_gradients_are_finite() -> None:
     for case in cases("route_topk", wild=False):
         if case.grads:

@@ -14,6 +14,7 @@ from glmx.ops import Matrix, StoredWeight
 from glmx.ops.stored_weight import StoredFormat
 from glmx.reference.gemm_tree import flush32, gemm_tree, round32_sum
 from glmx.reference.stored_weight import dense, int4_values
+from tests.ops.backends import needs_the_cpus_products
 from tests.ops.cases import BF16, F32, Case, cases, offsets_of, same_bits, values
 from tests.ops.checks import F64, U32, assert_within, gemm_bound, rounding
 from tests.ops.stored_cases import FORMATS, SMALL, operands, stored
@@ -61,6 +62,7 @@ def test_forward_against_the_oracle(case: Case) -> None:
 
 @pytest.mark.parametrize("format", ["int4", "fp8_blocks", "bf16"])
 def test_blocks_and_groups_have_the_bits_of_the_dense_weight(format: StoredFormat) -> None:
+    needs_the_cpus_products(BF16)
     gate_up, down = stored(format, 3, 160, 200, parts=2), stored(format, 3, 200, 80, seed=1)
     x, weights = values(9, 200, dtype=BF16), values(9, 2, seed=1)
     ids = torch.randint(-1, 3, (9, 2), generator=torch.Generator().manual_seed(2)).int()

@@ -57,6 +57,21 @@ __device__ inline float fold_add(float v) {
   return v;
 }
 
+#if !defined(GX_CUDA)  // cuda.h says for which numbers
+__device__ inline float reciprocal(float d) { return 1.0f / d; }
+__device__ inline float quotient(float x, float d) { return x / d; }
+#endif
+
+#if !defined(GX_CUDA)  // launches of a stream run one after the other
+__device__ inline void let_next_begin() {}
+__device__ inline void wait_for_launches() {}
+template <class... Params, class... Args>
+inline void launch_early(const char* name, void (*kernel)(Params...), dim3 grid, int block, size_t shared, const glmx::Device& device,
+                         const Args&... args) {
+  launch(name, kernel, grid, block, shared, device, args...);
+}
+#endif
+
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace gx

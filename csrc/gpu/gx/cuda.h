@@ -35,6 +35,16 @@ __device__ inline int32_t observe(const int32_t* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_launches() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ inline void require(bool ok) {
   if (!ok) __trap();
 }
@@ -42,6 +52,27 @@ __device__ inline void require(bool ok) {
 __device__ inline float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ inline float sqrt(float a) { return __fsqrt_rn(a); }
+
+// 1 / d for d in [1, 2^127), and x / d for |x| in [2^-60, 2^60], d in [1, 2^100), |x / d| from 2^-121 on: what the compiler makes of a
+// division, without its branch for the other numbers, which would let no two divisions run side by side. bench/gpu/divisions.cu compares.
+__device__ inline float approximate_reciprocal(float d) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));
+  return y;
+}
+__device__ inline float fma_with_denormals(float a, float b, float c) {
+  float r;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(a), "f"(b), "f"(c));
+  return r;
+}
+__device__ inline float reciprocal(float d) {
+  const float y = approximate_reciprocal(d);
+  return fma_with_denormals(y, fma_with_denormals(-d, y, 1.0f), y);
+}
+__device__ inline float quotient(float x, float d) {
+  const float y = reciprocal(d), q = x * y;
+  return fma_with_denormals(y, fma_with_denormals(-d, q, x), q);
+}
 
 // Rounded to nearest even; of two, the first goes to the lower half.
 __device__ inline uint16_t bf16_bits(float f) {
@@ -157,6 +188,25 @@ inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, int b
   if (shared > 48 * 1024) allow_shared(name, reinterpret_cast<const void*>(kernel), shared, device.index);
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(device.stream)>>>(args...);
   check(name, cudaGetLastError());
+}
+// On cards that have it (programmatic dependent launch, from sm_90 on).
+template <class... Params, class... Args>
+inline void launch_early(const char* name, void (*kernel)(Params...), dim3 grid, int block, size_t shared, const glmx::Device& device,
+                         const Args&... args) {
+  if (properties(device.index).architecture < 90) return launch(name, kernel, grid, block, shared, device, args...);
+  if (grid.x == 0 || grid.y == 0) return;
+  if (shared > 48 * 1024) allow_shared(name, reinterpret_cast<const void*>(kernel), shared, device.index);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(device.stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  check(name, cudaLaunchKernelEx(&config, kernel, Params(args)...));
 }
 inline void fill_zero(const char* name, void* p, size_t bytes, const glmx::Device& device) {
   if (bytes > 0) check(name, cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(device.stream)));

@@ -25,6 +25,7 @@
 //   void     gx::publish(int32_t* p, int32_t v)         store release of the GPU;  gx::observe(p): load acquire
 //   void     gx::require(bool ok)                       ends the stream with an error when not: a bad index in a tensor
 //   float    gx::fma(a, b, c), gx::sqrt(a)              one rounding; double fma too
+//   float    gx::reciprocal(d), gx::quotient(x, d)      divisions without a branch, for the numbers that cuda.h names
 //   Vec16    gx::load16(const void*), gx::store16(void*, Vec16)          16 bytes, aligned; load16_once: read once, past L1
 //   void     gx::copy_async16(void* shared, const void* global, bool valid)   16 bytes into shared memory, zeros if not valid
 //   void     gx::commit(), gx::wait<N>()                close a group of this thread's copies; until at most N groups are open
@@ -38,6 +39,10 @@
 //   mma(FragC& c, const FragA& a, const FragB& b)       c += a b^T with a [16, 16], b [8, 16]
 // Launch
 //   gx::launch(name, kernel, grid, block, shared_bytes, device, args...)   raises glmx::Error with the kernel's name
+//   gx::launch_early(...)                               the same, and it may begin as soon as every block of the launch before it has
+//   called
+//                                                       gx::let_next_begin(); what that launch writes is there after
+//                                                       gx::wait_for_launches()
 // Hopper's own (tensor maps, mbarrier, wgmma) is in gx/hopper.h.
 #pragma once
 #include <cstdint>

@@ -136,20 +136,24 @@ __device__ inline void load_b_pair_transposed(FragB (&b)[2], const void* p) {
   b[1] = {{r[2], r[3]}};
 }
 
-// Sums in the order of k. Every pair of k of a row of A or B is in another lane of the four that share the row.
+// Sums in the order of k. Every pair of k of a row of A or B is in another lane of the four that share the row. Not unrolled over those:
+// the kernels around it would not fit in their registers.
 __device__ inline void mma(FragC& c, const FragA& a, const FragB& b) {
   const int lane = static_cast<int>(threadIdx.x) % kTeam;
-  for (int step = 0; step < 8; ++step) {
-    const int high_k = step / 4, pair = step % 4;
-    uint32_t row[2], column[2];
-    for (int i = 0; i < 2; ++i) {
-      row[i] = shuffle(a.r[high_k * 2 + i], lane / 4 * 4 + pair);
-      column[i] = shuffle(b.r[high_k], (lane % 4 * 2 + i) * 4 + pair);
-    }
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t x = row[i / 2], w = column[i % 2];
-      c.v[i] = fma(__builtin_bit_cast(float, x << 16), __builtin_bit_cast(float, w << 16), c.v[i]);
-      c.v[i] = fma(__builtin_bit_cast(float, x & 0xffff0000u), __builtin_bit_cast(float, w & 0xffff0000u), c.v[i]);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma nounroll
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t row[2], column[2];
+      for (int i = 0; i < 2; ++i) {
+        row[i] = shuffle(a.r[half * 2 + i], lane / 4 * 4 + pair);
+        column[i] = shuffle(b.r[half], (lane % 4 * 2 + i) * 4 + pair);
+      }
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t x = row[i / 2], w = column[i % 2];
+        c.v[i] = fma(__builtin_bit_cast(float, x << 16), __builtin_bit_cast(float, w << 16), c.v[i]);
+        c.v[i] = fma(__builtin_bit_cast(float, x & 0xffff0000u), __builtin_bit_cast(float, w & 0xffff0000u), c.v[i]);
+      }
     }
   }
 }

@@ -72,6 +72,16 @@ __device__ inline float silu(float x) { return x / (1.0f + exp(0.0f - x)); }
 // silu(gate) * up, unrounded: silu_mul and the SwiGLU epilogue of grouped_gemm.
 __device__ inline float silu_mul(float gate, float up) { return silu(gate) * up; }
 
+// The same bits without a branch, so that many run side by side, for moderate x: nothing is clamped, and all divisions are plain.
+__device__ inline bool moderate(float x) {
+  const float size = x < 0.0f ? 0.0f - x : x;
+  return size >= 0x1p-60f && size <= 64.0f;
+}
+__device__ inline float silu_of_moderate(float x) {
+  const ExpParts e = exp_parts(0.0f - x);
+  return quotient(x, 1.0f + e.y * pow2(e.n.value));
+}
+
 // Natural logarithm of normal x > 0; any finite number for other x. x = m 2^n with m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh(s).
 __device__ inline float log(float x) {
   const uint32_t bits = to_bits(x);

@@ -201,7 +201,18 @@ __device__ void store_tall(const GroupedGemmParams& p, const Tile& t, int first,
       store_sums<kGate>(p.preact, DType::bf16, p.N, row, last, t.column, half, [&](int i) { return c[i]; });
       store_sums<kGate>(p.preact, DType::bf16, p.N, row, last, half + t.column, p.N, [&](int i) { return up[i]; });
     }
-    store_sums<kGate>(p.out, DType::bf16, half, row, last, t.column, half, [&](int i) { return gx::silu_mul(c[i], up[i]); });
+    // The products wait for this, so it takes the short form where the whole team's gates allow it.
+    bool plain = true;
+#pragma unroll
+    for (int i = 0; i < kGate * 4; ++i) plain = plain && gx::moderate(c[i]);
+    if (gx::ballot(plain) == 0xffffffffu) {
+#pragma unroll
+      for (int i = 0; i < kGate * 4; ++i) c[i] = gx::silu_of_moderate(c[i]) * up[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGate * 4; ++i) c[i] = gx::silu_mul(c[i], up[i]);
+    }
+    store_sums<kGate>(p.out, DType::bf16, half, row, last, t.column, half, [&](int i) { return c[i]; });
   }
 }
 
@@ -286,6 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_wgmma(const GroupedGemmPa
     gx::prefetch_map(&maps.w);
     if (!kGathered) gx::prefetch_map(&maps.x);
   }
+  if (kGathered) check_rows(p.row_token, p.expert_offsets, p.E, p.R, p.M);
   count_row_tiles(first, p.expert_offsets, p.E, p.R, kRows);
   gx::barrier();
   constexpr int width = kSiluMul ? kColumns / 2 : kColumns;
