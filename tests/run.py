@@ -87,14 +87,6 @@ def pytest(name: str, *args: str, **environment: str) -> Count:
     return count
 
 
-# What has GPU kernels.
-SIMT_OPS = ("add_rms_norm", "embedding", "expert_plan", "grouped_gemm", "grouped_gemm_properties", "layer_norm")
-SIMT_OPS += ("lm_head_logprob", "moe_combine", "moe_mlp", "rms_norm", "rope", "route_topk", "silu_mul", "promises")
-SIMT_TESTS = tuple(f"tests/ops/test_{name}.py" for name in SIMT_OPS)
-# Not what holds of the CPU alone: the tree of bf16 products, which are the matrix unit's on a GPU.
-SIMT_CHOICE = "not (has_the_bits_of_the_tree and bf16)"
-
-
 def tracked(*patterns: str) -> list[str]:
     out = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
     if out.returncode == 0:
@@ -161,24 +153,6 @@ def qemu() -> Count:
         return Count(failed=1) if STRICT else Count(skipped=1)
     built = build_cpp("plain")
     return built if built.failed else pytest("qemu", "tests/test_qemu.py")
-
-
-def simt() -> Count:
-    """The GPU's kernels without a GPU. gx's own tests, and every kernel at both widths of a warp, are C++ tests."""
-    built = build_cpp("plain")
-    if built.failed:
-        return built
-    library = BUILD / "simt" / "libglmx_simt.so"  # where GLMX_BACKEND=simt looks for it
-    library.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(BUILD / "cpp-plain" / "tests" / "cpp" / "simt" / "libglmx_simt_32.so", library)
-    total = Count()
-    for order in ("forward", "reverse", "random:1"):
-        say(f"-- GLMX_BACKEND=simt:{order}")
-        name = f"simt-{order.split(':')[0]}"
-        total += pytest(
-            name, "-n", WORKERS, "-m", "not slow", "-k", SIMT_CHOICE, *SIMT_TESTS, GLMX_BACKEND=f"simt:{order}"
-        )
-    return total + check("broken kernels", [sys.executable, "tests/simt_mutants.py", "--indices", "1"])
 
 
 def gates() -> Count:
