@@ -30,8 +30,18 @@ ORDERS = ("forward", "reverse", "random:1")
 MORE_ORDERS = tuple(f"random:{seed}" for seed in range(2, 9))
 SECONDS = 60  # of one run: a case takes milliseconds, and a kernel whose threads poll in vain gives up after 20 s
 
-# Changes that change nothing, or nothing that this machine can show: (file, part of the changed line) -> the reason.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+# Changes that change nothing, or nothing that this machine can show: (file, the line and one beside it) -> the reason.
+ORDERED = "a shuffle or ballot stands between the two accesses, and on this machine these order memory"
+EITHER = "scans begin and end with a barrier; between two of them one is enough"
+EMPTY = "the groups of copies that are still open are empty: every step has been waited for"
+EQUIVALENT = {
+    ("gpu/embedding.cu", "gx::team_barrier();\nif (lane < n) p.order[own.begin + rank] = token;"): ORDERED,
+    ("gpu/expert_plan.cu", "gx::team_barrier();\nif (here) p.row_token[row]"): ORDERED,
+    ("gpu/expert_plan.cu", "gx::barrier();\nif (gx::lane() == gx::kTeam - 1) sums[gx::team()]"): EITHER,
+    ("gpu/expert_plan.cu", "gx::barrier();\nreturn before + inclusive - v;"): EITHER,
+    ("gpu/grouped_gemm.cu", "gx::wait<0>();\ngx::barrier();  // the stages are free"): EMPTY,
+    ("gpu/lm_head_logprob.cu", "gx::team_barrier();\nread_least();"): ORDERED,
+}
 
 
 @dataclass
@@ -66,7 +76,7 @@ RULES: list[tuple[str, re.Pattern[str], str | None]] = [
 
 INDEX = re.compile(r"(?<=[\w\])])\[([^\[\]&=]+)\]")  # not a lambda's captures
 NO_INDEX = re.compile(r"^\s*(//|#|static_assert|template|__shared__|constexpr|inline constexpr)|__shared__")
-DECLARATION = re.compile(r"^\s*(const )?[\w:]+(<[\w, ]+>)? [\w, ]*\w\[[^\]]*\]( = .*)?;")
+DECLARATION = re.compile(r"^\s*(const )?[\w:]+(<[\w, ]+>)?\*? [\w, ]*\w\[[^\]]*\]( = .*)?;")
 
 
 def mutants(name: str, indices: int) -> Iterator[Mutant]:
@@ -195,10 +205,9 @@ class Workshop:
 
 
 def reason(mutant: Mutant) -> str:
-    for (file, part), why in EQUIVALENT.items():
-        if file == mutant.file and part in mutant.text:
-            return why
-    return ""
+    lines = [line.strip() for line in (CSRC / mutant.file).read_text().splitlines()]
+    here = "\n".join(lines[mutant.line - 1 : mutant.line + 1])
+    return next((why for (file, part), why in EQUIVALENT.items() if file == mutant.file and here.startswith(part)), "")
 
 
 def main() -> int:

@@ -572,7 +572,7 @@ int device_count() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supp
 std::string device_name(int) { return "CPU playing sm_" + std::to_string(properties(0).architecture); }
 // Few multiprocessors, so that persistent kernels take several turns on small shapes.
 const Properties& properties(int) {
-  static const Properties ampere{4, 80, 163 << 10}, hopper{4, 90, 227 << 10};
+  static const Properties ampere{2, 80, 163 << 10}, hopper{2, 90, 227 << 10};
   return simt::options().architecture == 80 ? ampere : hopper;
 }
 

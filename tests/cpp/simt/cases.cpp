@@ -263,6 +263,7 @@ void embedding(DType dtype, int64_t T, int64_t V, int64_t H) {
 void route(int64_t T, int64_t E, int64_t K, int64_t groups, int64_t best_groups) {
   const Bytes logits = values(f32, T * E), bias = values(f32, E), d_weights = values(f32, T * K), d_scores = values(f32, T * E);
   for (int64_t t = 0; t < T; ++t) logits.as<float>()[t * E + t % E] = logits.as<float>()[t * E + (t + 1) % E];  // ties of scores
+  const Bytes repeated = integers<int32_t>(T * K, 0, 2);
   check("route_topk", text("", f32, {T, E, K, groups}), true, [&](Device device) {
     Outputs out;
     out.emplace_back("weights", room(f32, T * K));
@@ -270,10 +271,13 @@ void route(int64_t T, int64_t E, int64_t K, int64_t groups, int64_t best_groups)
     out.emplace_back("counts", room(i32, E));
     out.emplace_back("scores", room(f32, T * E));
     out.emplace_back("d_logits", room(f32, T * E));
+    out.emplace_back("d_logits of repeated ids", room(f32, T * E));
     glmx::route_topk({logits.as<float>(), bias.as<float>(), out[0].second.as<float>(), out[1].second.as<int32_t>(),
                       out[2].second.as<int32_t>(), out[3].second.as<float>(), T, E, K, groups, best_groups, true, 2.5f, device});
     glmx::route_topk_backward({d_weights.as<float>(), d_scores.as<float>(), logits.as<float>(), out[1].second.as<int32_t>(),
                                out[4].second.as<float>(), T, E, K, true, 2.5f, device});
+    glmx::route_topk_backward({d_weights.as<float>(), nullptr, logits.as<float>(), repeated.as<int32_t>(), out[5].second.as<float>(), T, E,
+                               K, true, 2.5f, device});
     return out;
   });
 }
@@ -419,7 +423,10 @@ void all_cases(const glmx::gpu::Kernels& table) {
       gemm(dtype, 9, 24, 48, 72, 3);
       gemm(dtype, 9, 20, 34, 37, 2);  // nothing is a multiple of eight
     }
-    if (table.lm_head_logprob != nullptr) head(dtype, 5, 2100, 72, 3);
+    if (table.lm_head_logprob != nullptr) {
+      head(dtype, 5, 2100, 72, 3);
+      head(dtype, 2100, 40, 8, 2);  // more tokens than a block of threads
+    }
   }
   route(70, 256, 8, 1, 1);
   route(37, 160, 8, 1, 1);
@@ -429,6 +436,7 @@ void all_cases(const glmx::gpu::Kernels& table) {
   route(5, 512, 32, 8, 4);
   plan(700, 4, 11);
   plan(2100, 2, 300);
+  plan(50, 3, 2500);  // by windows of experts
   plan(1, 1, 1);
 }
 
