@@ -34,13 +34,19 @@ SECONDS = 60  # of one run: a case takes milliseconds, and a kernel whose thread
 ORDERED = "a shuffle or ballot stands between the two accesses, and on this machine these order memory"
 EITHER = "scans begin and end with a barrier; between two of them one is enough"
 EMPTY = "the groups of copies that are still open are empty: every step has been waited for"
+CHECKED = "it moves a check of indices, and bad ones are refused by the host before a CPU plays GPU"
 EQUIVALENT = {
     ("gpu/embedding.cu", "gx::team_barrier();\nif (lane < n) p.order[own.begin + rank] = token;"): ORDERED,
     ("gpu/expert_plan.cu", "gx::team_barrier();\nif (here) p.row_token[row]"): ORDERED,
     ("gpu/expert_plan.cu", "gx::barrier();\nif (gx::lane() == gx::kTeam - 1) sums[gx::team()]"): EITHER,
     ("gpu/expert_plan.cu", "gx::barrier();\nreturn before + inclusive - v;"): EITHER,
     ("gpu/grouped_gemm.cu", "gx::wait<0>();\ngx::barrier();  // the stages are free"): EMPTY,
+    (
+        "gpu/gemm_tiles.h",
+        "for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < rows; i += step) gx::require(",
+    ): CHECKED,
     ("gpu/lm_head_logprob.cu", "gx::team_barrier();\nread_least();"): ORDERED,
+    ("gpu/route_topk.cu", "gx::team_barrier();  // the next strip writes them again"): ORDERED,
 }
 
 
@@ -76,7 +82,7 @@ RULES: list[tuple[str, re.Pattern[str], str | None]] = [
 
 INDEX = re.compile(r"(?<=[\w\])])\[([^\[\]&=]+)\]")  # not a lambda's captures
 NO_INDEX = re.compile(r"^\s*(//|#|static_assert|template|__shared__|constexpr|inline constexpr)|__shared__")
-DECLARATION = re.compile(r"^\s*(const )?[\w:]+(<[\w, ]+>)?\*? [\w, ]*\w\[[^\]]*\]( = .*)?;")
+DECLARATION = re.compile(r"^\s*(const )?[\w:]+(<[\w, ]+>)?\*? [\w, \[\]]*\w\[[^\]]*\]( = .*)?;")
 
 
 def mutants(name: str, indices: int) -> Iterator[Mutant]:
