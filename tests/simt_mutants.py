@@ -82,7 +82,7 @@ RULES: list[tuple[str, re.Pattern[str], str | None]] = [
 
 INDEX = re.compile(r"(?<=[\w\])])\[([^\[\]&=]+)\]")  # not a lambda's captures
 NO_INDEX = re.compile(r"^\s*(//|#|static_assert|template|__shared__|constexpr|inline constexpr)|__shared__")
-DECLARATION = re.compile(r"^\s*(const )?[\w:]+(<[\w, ]+>)?\*? [\w, \[\]]*\w\[[^\]]*\]( = .*)?;")
+DECLARATION = re.compile(r"^\s*(?!return)(const )?[\w:]+(<[\w, ]+>)?\*? [\w, \[\]]*\w\[[^=]*\]( = .*)?;")
 
 
 def mutants(name: str, indices: int) -> Iterator[Mutant]:

@@ -421,6 +421,8 @@ void all_cases(const glmx::gpu::Kernels& table) {
     if (table.grouped_gemm != nullptr) {
       gemm(dtype, 70, 150, 320, dtype == bf16 ? 400 : 104, 3);  // more k than a ring of stages holds
       gemm(dtype, 9, 24, 48, 72, 3);
+      gemm(dtype, 9, 24, 304, 72, 3);  // few rows and many columns: Hopper's tiles of 16 tokens, and of 64
+      gemm(dtype, 20, 90, 304, 72, 3);
       gemm(dtype, 9, 20, 34, 37, 2);  // nothing is a multiple of eight
     }
     if (table.lm_head_logprob != nullptr) {
