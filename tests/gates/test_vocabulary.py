@@ -19,7 +19,10 @@ def names(header: str) -> set[str]:
 
 @pytest.mark.parametrize("backend", ["cuda", "hip", "simt"])
 def test_every_backend_has_every_name(backend):
-    code = "".join(path.read_text() for path in (GX / "gx.h", GX / "common.h", *sorted(GX.glob(f"{backend}*.h"))))
+    code = "".join(
+        path.read_text()
+        for path in (GX / "gx.h", GX / "common.h", GX / "fragments.h", *sorted(GX.glob(f"{backend}*.h")))
+    )
     code = re.sub(r"//[^\n]*", "", code)
     listed = names("gx.h")
     assert len(listed) > 25

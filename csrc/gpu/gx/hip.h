@@ -10,6 +10,8 @@
 #include <cstring>
 #include <string>
 
+#include "gpu/gx/fragments.h"
+
 #define GX_DYNAMIC_SHARED(T, name)                                                    \
   extern __shared__ __attribute__((aligned(1024))) unsigned char gx_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(gx_dynamic_shared)
@@ -78,18 +80,6 @@ __device__ inline void wait() {}
 
 // Fragments hold what NVIDIA's m16n8k16 has in the same lane: of A and C rows lane / 4 and lane / 4 + 8, of B row lane / 4; of k the pairs
 // lane % 4 and lane % 4 + 4; of C's columns the pair lane % 4.
-struct FragA {
-  uint32_t r[4];
-};
-struct FragB {
-  uint32_t r[2];
-};
-struct FragC {
-  float v[4];
-  __device__ static int row(int i) { return static_cast<int>(threadIdx.x) % kTeam / 4 + i / 2 * 8; }
-  __device__ static int col(int i) { return static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
-};
-
 // Lane 8 i + j passes the address of row j of the 8 x 8 matrix i, sixteen bytes in shared memory; r[i] becomes this lane's pair of matrix
 // i.
 using SharedBytes = __attribute__((address_space(3))) const unsigned char*;
@@ -109,26 +99,14 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* p)
   }
 }
 
-// Stored [m][k]: the lane passes the address of element (m, k) = (load_a_m(), load_a_k()) of the 16 x 16 tile.
-__device__ inline int load_a_m() { return static_cast<int>(threadIdx.x) % 16; }
-__device__ inline int load_a_k() { return static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
 __device__ inline void load_a(FragA& a, const void* p) { load_matrices(a.r, p); }
-// Stored [k][m]: (load_a_transposed_k(), load_a_transposed_m()).
-__device__ inline int load_a_transposed_k() { return static_cast<int>(threadIdx.x) % 8 + static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
-__device__ inline int load_a_transposed_m() { return static_cast<int>(threadIdx.x) / 8 % 2 * 8; }
 __device__ inline void load_a_transposed(FragA& a, const void* p) { load_matrices_transposed(a.r, p); }
-// Two B fragments, n 0..7 and 8..15. Stored [n][k]: (load_b_n(), load_b_k()) of the 16 x 16 tile.
-__device__ inline int load_b_n() { return static_cast<int>(threadIdx.x) % 8 + static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
-__device__ inline int load_b_k() { return static_cast<int>(threadIdx.x) / 8 % 2 * 8; }
 __device__ inline void load_b_pair(FragB (&b)[2], const void* p) {
   uint32_t r[4];
   load_matrices(r, p);
   b[0] = {{r[0], r[1]}};
   b[1] = {{r[2], r[3]}};
 }
-// Stored [k][n]: (load_b_transposed_k(), load_b_transposed_n()).
-__device__ inline int load_b_transposed_k() { return static_cast<int>(threadIdx.x) % 16; }
-__device__ inline int load_b_transposed_n() { return static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
 __device__ inline void load_b_pair_transposed(FragB (&b)[2], const void* p) {
   uint32_t r[4];
   load_matrices_transposed(r, p);

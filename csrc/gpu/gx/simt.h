@@ -216,37 +216,23 @@ inline void wait() {
 
 // ---- Matrix fragments: the layout of PTX's ldmatrix and mma.m16n8k16 ------------------------------------------------------------------
 
-struct FragA {
-  uint32_t r[4];
-};
-struct FragB {
-  uint32_t r[2];
-};
-struct FragC {
-  float v[4];
-  static int row(int i) { return static_cast<int>(threadIdx.x) % kTeam / 4 + i / 2 * 8; }
-  static int col(int i) { return static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
-};
+}  // namespace gx
+
+#include "gpu/gx/fragments.h"
+
+namespace gx {
 
 void load_matrices(uint32_t (&r)[4], const void* p, const simt::Site& site);
 void load_matrices_transposed(uint32_t (&r)[4], const void* p, const simt::Site& site);
 
-inline int load_a_m() { return static_cast<int>(threadIdx.x) % 16; }
-inline int load_a_k() { return static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
 inline void load_a(FragA& a, const void* p, simt::Site site = simt::Site::current()) { load_matrices(a.r, p, site); }
-inline int load_a_transposed_k() { return static_cast<int>(threadIdx.x) % 8 + static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
-inline int load_a_transposed_m() { return static_cast<int>(threadIdx.x) / 8 % 2 * 8; }
 inline void load_a_transposed(FragA& a, const void* p, simt::Site site = simt::Site::current()) { load_matrices_transposed(a.r, p, site); }
-inline int load_b_n() { return static_cast<int>(threadIdx.x) % 8 + static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
-inline int load_b_k() { return static_cast<int>(threadIdx.x) / 8 % 2 * 8; }
 inline void load_b_pair(FragB (&b)[2], const void* p, simt::Site site = simt::Site::current()) {
   uint32_t r[4];
   load_matrices(r, p, site);
   b[0] = {{r[0], r[1]}};
   b[1] = {{r[2], r[3]}};
 }
-inline int load_b_transposed_k() { return static_cast<int>(threadIdx.x) % 16; }
-inline int load_b_transposed_n() { return static_cast<int>(threadIdx.x) % kTeam / 16 * 8; }
 inline void load_b_pair_transposed(FragB (&b)[2], const void* p, simt::Site site = simt::Site::current()) {
   uint32_t r[4];
   load_matrices_transposed(r, p, site);
