@@ -159,6 +159,43 @@ TEST(simt_hopper, swapped_operands_give_the_same_bits) {
   CHECK(same_bits(run<64>(x), run<64>(x, true)));
 }
 
+// The 16 x 16 corner of the product by the other family: a kernel that took mma for some rows and wgmma for others would fail X3 here.
+__global__ void corner_by_mma(const uint16_t* a, const uint16_t* b, float* out, int depth) {
+  __shared__ gx::Vec16 tiles[2][2][32];  // a block has two teams: both do the same
+  gx::Vec16 *tile_a = tiles[gx::team()][0], *tile_b = tiles[gx::team()][1];
+  const int row = gx::lane() / 2, half = gx::lane() % 2;
+  gx::FragC sums[2] = {};
+  for (int k = 0; k < depth; k += 16) {
+    gx::store16(&tile_a[gx::lane()], gx::load16(a + row * depth + k + half * 8));
+    gx::store16(&tile_b[gx::lane()], gx::load16(b + row * depth + k + half * 8));
+    gx::team_barrier();
+    gx::FragA fa;
+    gx::FragB fb[2];
+    gx::load_a(fa, &tile_a[gx::load_a_m() * 2 + gx::load_a_k() / 8]);
+    gx::load_b_pair(fb, &tile_b[gx::load_b_n() * 2 + gx::load_b_k() / 8]);
+    for (int j = 0; j < 2; ++j) gx::mma(sums[j], fa, fb[j]);
+    gx::team_barrier();
+  }
+  for (int j = 0; j < 2; ++j) {
+    for (int v = 0; v < 4; ++v) out[sums[j].row(v) * 16 + 8 * j + sums[j].col(v)] = sums[j].v[v];
+  }
+}
+
+TEST(simt_hopper, families_add_in_orders_of_their_own) {
+  const Matrices x(64, 64, 512);
+  const Aligned<uint16_t> a(x.a), b(x.b);
+  const std::vector<float> wgmma = run<64>(x);
+  std::vector<float> mma(16 * 16);
+  gx::launch("corner_by_mma", corner_by_mma, dim3(1), 64, 0, {}, a.data(), b.data(), mma.data(), x.k);
+  int differing = 0;
+  for (int i = 0; i < 256; ++i) {
+    const float other = wgmma[static_cast<size_t>(i / 16 * 64 + i % 16)];
+    CHECK(std::fabs(mma[static_cast<size_t>(i)] - other) < 1e-3f, "cell ", i, ": ", mma[static_cast<size_t>(i)], " and ", other);
+    differing += mma[static_cast<size_t>(i)] != other;
+  }
+  CHECK(differing > 0, "both families gave the same bits");
+}
+
 TEST(simt_hopper, outside_of_a_tensor_map_reads_as_zero) {
   Matrices x(64, 64, 128), cut(64, 64, 128);
   for (int i = 0; i < 64; ++i) {
