@@ -214,7 +214,7 @@ class Check:
         for name, flags in (("moe_block", ["--device", "cuda"]), ("cupy_arrays", [])):
             try:
                 text = self.run(sys.executable, ROOT / "examples" / f"{name}.py", *flags)
-                self.row(name=name, said=text.strip().splitlines()[-8:])
+                self.row(name=name, said=text.strip().splitlines()[-24:])
             except Failed as failed:
                 failure = failed
         if failure:
