@@ -61,8 +61,8 @@ __device__ inline void count_row_tiles(int32_t* first, const int32_t* expert_off
   if (gx::lane() == 0) first[0] = 0;
 }
 
-// A row that x does not have ends the stream. Each block looks at its share of the rows, before its tiles; nothing is stored by then that
-// would matter.
+// A row that x does not have ends the stream. Each block looks at its share of the rows, before or after its tiles: wherever it has
+// registers to spare, since a tile that read past x ends with the stream all the same.
 __device__ inline void check_rows(const int32_t* row_token, const int32_t* expert_offsets, int64_t E, int64_t R, int64_t M) {
   if (row_token == nullptr) return;
   const int64_t rows = first_row(expert_offsets, E, R), step = int64_t{gridDim.x} * blockDim.x;

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
-import torch
 
 from tests.gpu.device import DEVICE, context_is_dead
-
-
-def _poisoned(function: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out = function(*args, **kwargs)
-        if DEVICE is None or out.device.type != DEVICE.type or isinstance(out, torch._subclasses.FakeTensor):
-            return out
-        with torch.no_grad():
-            if out.is_floating_point():
-                out.detach().fill_(float("nan"))
-            elif out.dtype in (torch.int32, torch.int64):
-                out.fill_(-(2**30))
-        return out
-
-    return call
+from tests.poison import poison_empty
 
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    if DEVICE is not None:
+        poison_empty(monkeypatch, DEVICE.type)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -72,6 +72,23 @@ inline void launch_early(const char* name, void (*kernel)(Params...), dim3 grid,
 }
 #endif
 
+#if !defined(GX_SIMT)  // there each says where in the kernel it was called
+__device__ inline void load_a(FragA& a, const void* p) { load_matrices(a.r, p); }
+__device__ inline void load_a_transposed(FragA& a, const void* p) { load_matrices_transposed(a.r, p); }
+__device__ inline void load_b_pair(FragB (&b)[2], const void* p) {
+  uint32_t r[4];
+  load_matrices(r, p);
+  b[0] = {{r[0], r[1]}};
+  b[1] = {{r[2], r[3]}};
+}
+__device__ inline void load_b_pair_transposed(FragB (&b)[2], const void* p) {
+  uint32_t r[4];
+  load_matrices_transposed(r, p);
+  b[0] = {{r[0], r[1]}};
+  b[1] = {{r[2], r[3]}};
+}
+#endif
+
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace gx

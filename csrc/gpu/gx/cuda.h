@@ -125,21 +125,6 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* p)
                : "memory");
 }
 
-__device__ inline void load_a(FragA& a, const void* p) { load_matrices(a.r, p); }
-__device__ inline void load_a_transposed(FragA& a, const void* p) { load_matrices_transposed(a.r, p); }
-__device__ inline void load_b_pair(FragB (&b)[2], const void* p) {
-  uint32_t r[4];
-  load_matrices(r, p);
-  b[0] = {{r[0], r[1]}};
-  b[1] = {{r[2], r[3]}};
-}
-__device__ inline void load_b_pair_transposed(FragB (&b)[2], const void* p) {
-  uint32_t r[4];
-  load_matrices_transposed(r, p);
-  b[0] = {{r[0], r[1]}};
-  b[1] = {{r[2], r[3]}};
-}
-
 __device__ inline void mma(FragC& c, const FragA& a, const FragB& b) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])

@@ -70,7 +70,7 @@ struct alignas(16) Vec16 {
 #endif
 
 // Whether kernels of gpu/sm90 are in this build.
-#if defined(GX_CUDA) || (defined(GX_SIMT) && __has_include("gpu/gx/hopper_simt.h"))
+#if defined(GX_CUDA) || defined(GX_SIMT)
 #define GX_HOPPER_PATHS 1
 #else
 #define GX_HOPPER_PATHS 0

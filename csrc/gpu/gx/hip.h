@@ -99,21 +99,6 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* p)
   }
 }
 
-__device__ inline void load_a(FragA& a, const void* p) { load_matrices(a.r, p); }
-__device__ inline void load_a_transposed(FragA& a, const void* p) { load_matrices_transposed(a.r, p); }
-__device__ inline void load_b_pair(FragB (&b)[2], const void* p) {
-  uint32_t r[4];
-  load_matrices(r, p);
-  b[0] = {{r[0], r[1]}};
-  b[1] = {{r[2], r[3]}};
-}
-__device__ inline void load_b_pair_transposed(FragB (&b)[2], const void* p) {
-  uint32_t r[4];
-  load_matrices_transposed(r, p);
-  b[0] = {{r[0], r[1]}};
-  b[1] = {{r[2], r[3]}};
-}
-
 // Sums in the order of k. Every pair of k of a row of A or B is in another lane of the four that share the row. Not unrolled over those:
 // the kernels around it would not fit in their registers.
 __device__ inline void mma(FragC& c, const FragA& a, const FragB& b) {

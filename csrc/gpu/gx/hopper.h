@@ -28,7 +28,7 @@
 #pragma once
 #include "gpu/gx/gx.h"
 
-#if defined(GX_SIMT) && GX_HOPPER_PATHS
+#if defined(GX_SIMT)
 #define GX_HOPPER 1
 #include "gpu/gx/hopper_simt.h"
 #elif defined(GX_CUDA)
