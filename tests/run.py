@@ -216,6 +216,9 @@ def simt() -> Count:
         say(f"-- GLMX_BACKEND={backend}")
         name = backend.replace(":", "-")
         total += pytest(name, "-n", WORKERS, "-m", "not slow", *map(str, chosen), GLMX_BACKEND=backend)
+    built = build_cpp("plain")  # the mutants run its cases
+    if built.failed:
+        return total + built
     return total + check("broken kernels", [sys.executable, "tests/simt_mutants.py", "--indices", "1"])
 
 
